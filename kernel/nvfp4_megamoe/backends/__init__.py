@@ -1,1 +1,1 @@
-"""One folder per architecture behind the protocol of ``protocol.py``; the choice between them is made in ``select.py``."""
+"""One folder per architecture behind the protocol in ``protocol.py``; ``select.py`` chooses between them."""
