@@ -1,0 +1,1 @@
+"""Formats, layouts and error metrics of NVFP4; pure torch, any device, no state."""
