@@ -1,0 +1,54 @@
+# make serve   serve a tiny DeepSeek-V4 NVFP4 checkpoint on this machine's CPU
+# make test    run every test
+# Variables: PYTHON, VENV, PORT, RANKS
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+PORT   ?= 8000
+RANKS  ?= 1
+
+CHECKPOINT := build/tiny-nvfp4
+BIN        := $(VENV)/bin
+TORCH      := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: serve test lint install patch bench clean help
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+serve: install patch $(CHECKPOINT)/config.json
+	$(BIN)/python scripts/serve_cpu.py --model $(CHECKPOINT) --port $(PORT) --ranks $(RANKS)
+
+test: install patch $(VENV)/.test-installed
+	$(BIN)/python -m pytest
+
+lint: install $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.installed
+
+# torch comes from the configured package index if that has the CPU build, else from PyTorch's own.
+$(VENV)/.installed: requirements/cpu.txt kernel/pyproject.toml
+	$(PYTHON) scripts/check_host.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --no-deps $(TORCH) \
+	  || $(BIN)/pip install --disable-pip-version-check --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --editable kernel
+	$(BIN)/python -m nvfp4_megamoe.backends.cpu.build
+	touch $@
+
+$(VENV)/.test-installed: requirements/test.txt $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements/test.txt
+	touch $@
+
+patch: install
+	$(BIN)/python scripts/patch_vllm.py apply
+
+$(CHECKPOINT)/config.json: $(VENV)/.installed
+	$(BIN)/python scripts/make_checkpoint.py $(CHECKPOINT) --preset tiny --experts nvfp4
+
+clean:
+	rm -rf build $(VENV)
