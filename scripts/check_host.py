@@ -44,7 +44,9 @@ def check_cpu(machine: str, flags: set[str]) -> Check:
         return Check("processor", "fail", f"{machine}: vLLM's CPU build is used on x86-64 only; use such a machine")
     if missing := {"avx2", "fma", "f16c"} - flags:
         return Check(
-            "processor", "fail", f"lacks {', '.join(sorted(missing)).upper()}, which vLLM's CPU build needs; use another"
+            "processor",
+            "fail",
+            f"lacks {', '.join(sorted(missing)).upper()}, which vLLM's CPU build needs",
         )
     if "avx512_bf16" in flags:
         return Check("processor", "ok", "AVX512_BF16: vLLM's native DeepSeek-V4 operators")
@@ -61,9 +63,8 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
     """The pinned packages and the virtual environment need Python 3.11 with venv."""
     wanted = ".".join(map(str, PYTHON))
     if version != PYTHON:
-        return Check(
-            "python", "fail", f"{version[0]}.{version[1]}: install python{wanted} or run `make PYTHON=/path/to/python{wanted}`"
-        )
+        found = ".".join(map(str, version))
+        return Check("python", "fail", f"{found}: install python{wanted}, or `make PYTHON=/path/to/python{wanted}`")
     if importlib.util.find_spec("ensurepip") is None:
         return Check("python", "fail", f"venv is missing: apt-get install python{wanted}-venv")
     return Check("python", "ok", platform.python_version())

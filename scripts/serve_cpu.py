@@ -98,7 +98,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], base_url: str, name: str) 
             raise RuntimeError(f"the server ended with status {status} before it was ready; its log above says why")
         now = time.monotonic()
         if now - started > READY_TIMEOUT_S:
-            raise RuntimeError(f"the server was not ready after {READY_TIMEOUT_S} s; its log above says what it was doing")
+            raise RuntimeError(f"not ready after {READY_TIMEOUT_S} s; the log above says what the server was doing")
         if now - last >= PROGRESS_EVERY_S:
             print(f"[serve] starting, {now - started:.0f} s", flush=True)
             last = now
