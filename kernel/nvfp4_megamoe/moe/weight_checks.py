@@ -54,7 +54,7 @@ def first_fault(
     expert = int(bad.nonzero()[0])
     for kind, value, wrong in zip((GLOBAL_SCALE, INPUT_SCALE), scalars[:, expert], bad_scalars[:, expert], strict=True):
         if wrong:
-            return Fault(expert, kind, f"the value is {float(value)}", "a finite number above zero")
+            return Fault(expert, kind, f"the value is {float(value):g}", "a finite number above zero")
     first = int(counts[expert].nonzero()[0])
     found, expected = _BLOCK_FAULTS[first]
     return Fault(expert, BLOCK_SCALE, found.format(n=int(counts[expert, first])), expected)
