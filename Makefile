@@ -48,7 +48,7 @@ patch: install
 	$(BIN)/python scripts/patch_vllm.py apply
 
 $(CHECKPOINT)/config.json: $(VENV)/.installed
-	$(BIN)/python scripts/make_checkpoint.py $(CHECKPOINT) --preset tiny --experts nvfp4
+	$(BIN)/python scripts/make_checkpoint.py $(CHECKPOINT) --preset tiny --format nvfp4
 
 clean:
 	rm -rf build $(VENV)
