@@ -22,6 +22,7 @@ DTYPES = {
     GLOBAL_SCALE: torch.float32,
     INPUT_SCALE: torch.float32,
 }
+HEADER_DTYPES = {WEIGHT: "U8", BLOCK_SCALE: "F8_E4M3", GLOBAL_SCALE: "F32", INPUT_SCALE: "F32"}
 MEANING = {
     WEIGHT: "packed E2M1 codes",
     BLOCK_SCALE: "a UE4M3 scale for each 16 columns",
@@ -66,8 +67,8 @@ def require_blocks(what: str, hidden: int, intermediate: int) -> None:
     for name, size in (("hidden size", hidden), ("MoE intermediate size", intermediate)):
         if size <= 0 or size % BLOCK:
             raise CheckpointError(
-                f"{what}: the {name} is {size}; NVFP4 scales blocks of {BLOCK} columns, so K must be a multiple of "
-                f"{BLOCK}. Correct the configuration, or serve a checkpoint that was quantized for this geometry."
+                f"{what}: the {name} is {size}; expected a multiple of {BLOCK}, because NVFP4 scales blocks of {BLOCK} "
+                "columns. Correct the configuration, or serve a checkpoint that was quantized for this geometry."
             )
 
 
