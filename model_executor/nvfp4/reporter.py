@@ -1,0 +1,233 @@
+"""The phases of one rank's start-up: what was done of what is to be done, how long it took, and how fast it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import resource
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .status_file import StatusFile
+
+logger = logging.getLogger(__name__)
+
+START = "start"
+MODEL = "model construction"
+READ = "checkpoint read"
+UPLOAD = "upload"
+PREPARE = "weight preparation"
+LAYER_TEST = "layer test"
+COMPILE = "compile and warm-up"
+KV_CACHE = "KV cache"
+CAPTURE = "graph capture"
+WAITING = "waiting"
+READY = "ready"
+STOPPING = "stopping"
+STOPPED = "stopped"
+
+WRITE_EVERY = 256
+RATE_WINDOW_S = 4.0
+_MAX_HEADER_BYTES = 100 << 20
+_DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+class Record:
+    """One phase: when it began (Unix time), how long it took (s), and what it has done of what it has to do."""
+
+    __slots__ = ("done", "name", "rate", "seconds", "started", "total")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.started = time.time()
+        self.seconds = 0.0
+        self.done = {"tensors": 0, "layers": 0, "bytes": 0}
+        self.total: dict[str, int] = {}
+        self.rate: dict[str, float] = {}
+
+    def add(self, **amounts: int) -> None:
+        """Count ``amounts`` of tensors, layers or bytes as done."""
+        for unit, amount in amounts.items():
+            self.done[unit] += amount
+
+    def expect(self, **amounts: int) -> None:
+        """Add ``amounts`` of tensors, layers or bytes to what is to be done."""
+        for unit, amount in amounts.items():
+            self.total[unit] = self.total.get(unit, 0) + amount
+
+
+class Reporter:
+    """The phases of this process. They nest; time is counted to the innermost one only."""
+
+    def __init__(self, file: StatusFile) -> None:
+        self.file = file
+        self.records: dict[str, Record] = {}
+        self.error: str | None = None
+        self._depth = 0
+        self._base = WAITING
+        self._since = self._rates_at = time.perf_counter()
+        self._rates_from: dict[str, dict[str, int]] = {}
+        self._current = self.record(START)
+        self._uncounted = 0
+        file.run(self.state)
+
+    def record(self, name: str) -> Record:
+        """The record of phase ``name``, made at its first use."""
+        record = self.records.get(name)
+        if record is None:
+            record = self.records[name] = Record(name)
+        return record
+
+    def switch(self, record: Record) -> Record:
+        """Count time to ``record`` from now on; return the record that it was counted to."""
+        now = time.perf_counter()
+        previous = self._current
+        previous.seconds += now - self._since
+        self._since = now
+        self._current = record
+        return previous
+
+    @contextlib.contextmanager
+    def phase(self, name: str, then: str | None, totals: dict[str, int]) -> Iterator[Record]:
+        """Be in phase ``name``; an exception that leaves the outermost phase is what this rank fails of."""
+        record = self.record(name)
+        record.expect(**totals)
+        outer = self.switch(record)
+        self._depth += 1
+        self.file.write()
+        try:
+            yield record
+            if then is not None:
+                self._base = then
+        except Exception as error:
+            if self._depth == 1:
+                message = (str(error).strip() or "(no message)").splitlines()[0]
+                self.error = f"{name}: {type(error).__name__}: {message}"
+            raise
+        finally:
+            self._depth -= 1
+            self.switch(outer if self._depth else self.record(self._base))
+            self.file.write()
+
+    def read_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], files: list[str], local_expert_ids: set[int] | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``weights``: time inside the iterator is READ, time at the consumer is UPLOAD.
+
+        The loop runs once per tensor, some 300 000 times for a large checkpoint: it does no system call but the write.
+        """
+        read, upload = self.record(READ), self.record(UPLOAD)
+        upload.done = done = read.done
+        self._uncounted += 1
+        self.file.submit(lambda: self._count(files, local_expert_ids))
+        clock = time.perf_counter
+        outer = self.switch(read)
+        self.file.write()
+        try:
+            for item in weights:
+                now = clock()
+                read.seconds += now - self._since
+                self._since = now
+                self._current = upload
+                yield item
+                done["bytes"] += item[1].nbytes
+                done["tensors"] += 1
+                if not done["tensors"] % WRITE_EVERY:
+                    self.file.write()
+                now = clock()
+                upload.seconds += now - self._since
+                self._since = now
+                self._current = read
+            if not self._uncounted:
+                for record in (read, upload):
+                    record.total = {unit: done[unit] for unit in record.total}
+        finally:
+            # A generator closed late, by the garbage collector, must not disturb the phase that runs then.
+            if self._current is read or self._current is upload:
+                self.switch(outer)
+            self.file.write()
+
+    def prepare_modules(self, modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Yield ``modules``, counting decoder layers and parameter bytes as the consumer gets through them."""
+        modules = list(modules)
+        record = self.record(PREPARE)
+        layers = [_decoder_layer(name) for name, _ in modules]
+        last = {layer: index for index, layer in enumerate(layers) if layer is not None}
+        record.expect(layers=len(last), bytes=sum(_own_bytes(module) for _, module in modules))
+        for index, (name, module) in enumerate(modules):
+            size = _own_bytes(module)
+            yield name, module
+            record.done["bytes"] += size
+            if last.get(layers[index]) == index:
+                record.done["layers"] += 1
+                self.file.write()
+
+    def state(self) -> dict[str, Any]:
+        """What the file says beside who this process is: see docs/startup.md."""
+        now = time.perf_counter()
+        current, span = self._current, now - self._since
+        if now - self._rates_at >= RATE_WINDOW_S:
+            self._update_rates(now)
+        phases = []
+        for record in list(self.records.values()):
+            seconds = record.seconds + (span if record is current else 0.0)
+            phase = {"name": record.name, "started": record.started, "seconds": round(seconds, 3)}
+            phases.append(phase | {"done": record.done, "total": record.total, "rate": record.rate})
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = time.process_time() + children.ru_utime + children.ru_stime
+        return {"phase": current.name, "error": self.error, "cpu_s": round(cpu, 3), "phases": phases}
+
+    def _update_rates(self, now: float) -> None:
+        for record in list(self.records.values()):
+            if (before := self._rates_from.get(record.name)) is not None:
+                span = now - self._rates_at
+                record.rate = {unit: round((record.done[unit] - before[unit]) / span, 1) for unit in before}
+            self._rates_from[record.name] = dict(record.done)
+        self._rates_at = now
+
+    def _count(self, files: list[str], local_expert_ids: set[int] | None) -> None:
+        """Add the tensors of safetensors ``files`` that this rank reads to what there is to do."""
+        try:
+            tensors, size = _tensors_and_bytes(files, local_expert_ids)
+            for name in (READ, UPLOAD):
+                self.record(name).expect(tensors=tensors, bytes=size)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # The loader reads the same files and says what is wrong with them; here only the total is missing.
+            logger.info("the number of weights to load is unknown: %s", error)
+        finally:
+            self._uncounted -= 1
+
+
+def _tensors_and_bytes(files: list[str], local_expert_ids: set[int] | None) -> tuple[int, int]:
+    if local_expert_ids is not None:
+        from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+    tensors = size = 0
+    for file in files:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"{file} is not a safetensors file")
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__" or (local_expert_ids is not None and should_skip_weight(name, local_expert_ids)):
+                continue
+            begin, end = entry["data_offsets"]
+            tensors += 1
+            size += end - begin
+    return tensors, size
+
+
+def _decoder_layer(name: str) -> str | None:
+    match = _DECODER_LAYER.search(name)
+    return match and match.group(1)
+
+
+def _own_bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters(recurse=False))

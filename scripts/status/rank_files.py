@@ -1,0 +1,156 @@
+"""Reads the ranks' status files, and who of them still lives, from one directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+UNITS = ("tensors", "layers", "bytes")
+
+# struct flock of Linux on 64-bit processors: type, whence, start, length, process
+_FLOCK = "hhqqi0q"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of one rank: start (Unix time), duration (s), amounts done, to do, and per second, by unit."""
+
+    name: str
+    started: float
+    seconds: float
+    done: dict[str, int]
+    total: dict[str, int]
+    rate: dict[str, float]
+
+    def unit(self) -> str | None:
+        """The unit that says best how far this phase is, or None without a total."""
+        return next((unit for unit in ("bytes", "layers", "tensors") if self.total.get(unit)), None)
+
+    def fraction(self) -> float | None:
+        """How much of the phase is done, 0 to 1."""
+        unit = self.unit()
+        return None if unit is None else min(1.0, self.done.get(unit, 0) / self.total[unit])
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What one rank wrote last. ``owner``: its process as seen here, 0 if it lives out of sight, None if it is dead."""
+
+    run: str
+    rank: int
+    ranks: int
+    ranks_here: int
+    host: str
+    pid: int
+    process_started: float
+    heartbeat: float
+    phase: str
+    error: str | None
+    cpu_s: float
+    phases: tuple[Phase, ...]
+    owner: int | None = field(default=None, compare=False)
+
+    @property
+    def alive(self) -> bool:
+        return self.owner is not None
+
+    def current(self) -> Phase | None:
+        """The record of the phase that the rank is in."""
+        return next((phase for phase in self.phases if phase.name == self.phase), None)
+
+    def was_in(self, name: str) -> bool:
+        return any(phase.name == name for phase in self.phases)
+
+
+def parse(text: str, owner: int | None) -> RankStatus:
+    """Return the status that ``text`` holds.
+
+    Raises:
+        ValueError: it is not complete, or of another format.
+    """
+    try:
+        data: dict[str, Any] = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ValueError(
+                f"format {data['format']!r}, expected {FORMAT}: the server and this service differ in version"
+            )
+        phases = tuple(
+            Phase(
+                str(item["name"]),
+                float(item["started"]),
+                float(item["seconds"]),
+                {unit: int(item["done"].get(unit, 0)) for unit in UNITS},
+                {unit: int(amount) for unit, amount in item["total"].items()},
+                {unit: float(amount) for unit, amount in item["rate"].items()},
+            )
+            for item in data["phases"]
+        )
+        numbers = {name: int(data[name]) for name in ("rank", "ranks", "ranks_here", "pid")}
+        times = {name: float(data[name]) for name in ("process_started", "heartbeat", "cpu_s")}
+        texts = {name: str(data[name]) for name in ("run", "host", "phase")}
+        return RankStatus(**numbers, **times, **texts, error=data["error"], phases=phases, owner=owner)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"incomplete: {type(error).__name__}: {error}") from error
+
+
+def lock_owner(path: Path) -> int | None:
+    """Return the process that holds a record lock on ``path``: 0 if out of sight, None if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
+    finally:
+        os.close(descriptor)
+    return None if kind == fcntl.F_UNLCK else max(0, pid)
+
+
+class RankFiles:
+    """The newest run in ``directory``, or run ``run_id`` only.
+
+    A run of which every process was dead and silent before this service started is of the past and is left out.
+    """
+
+    def __init__(self, directory: Path, run_id: str | None, started: float) -> None:
+        self.directory = directory
+        self._run_id = run_id
+        self._started = started
+        self._last_good: dict[Path, RankStatus] = {}
+        self.problems: list[str] = []
+        self.other_runs: list[str] = []
+
+    def read(self) -> list[RankStatus]:
+        """Return the ranks of the run, by rank; ``problems`` and ``other_runs`` say what was left out."""
+        self.problems = []
+        found = {path: status for path in sorted(self.directory.glob("*-rank*.json")) if (status := self._one(path))}
+        self._last_good = found
+        runs: dict[str, list[RankStatus]] = {}
+        for status in found.values():
+            runs.setdefault(status.run, []).append(status)
+        past = {run for run, members in runs.items() if not any(map(self._of_now, members))}
+        eligible = [run for run in runs if run not in past and self._run_id in (None, run)]
+        chosen = max(eligible, key=lambda run: max(member.process_started for member in runs[run]), default=None)
+        self.other_runs = sorted(run for run in runs if run != chosen)
+        return sorted(runs.get(chosen, []), key=lambda status: status.rank) if chosen is not None else []
+
+    def _of_now(self, status: RankStatus) -> bool:
+        return status.alive or status.heartbeat >= self._started
+
+    def _one(self, path: Path) -> RankStatus | None:
+        owner = lock_owner(path.with_suffix(".lock"))
+        try:
+            return parse(path.read_text(), owner)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self.problems.append(f"{path.name}: {error}")
+            last = self._last_good.get(path)
+            return last and RankStatus(**{**vars(last), "owner": owner})
