@@ -12,6 +12,9 @@ from hypothesis import settings
 settings.register_profile("kernel", deadline=None, print_blob=True)
 settings.load_profile("kernel")
 
+# Tensors here are small: more threads only wait for one another, tenfold so where other processes use the cores.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def rng() -> torch.Generator:
