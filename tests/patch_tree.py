@@ -18,7 +18,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import patch_vllm  # noqa: E402
-from patching import diff  # noqa: E402, F401
+from patching import diff, lock  # noqa: E402, F401
+from patching.errors import PatchError  # noqa: E402, F401
 
 KERNEL = "vllm/config/kernel.py"
 LAYER = "vllm/model_executor/layers/layer.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -21,9 +22,11 @@ from .patch_tree import (
     OVERLAY_2,
     STOCK,
     TOOL,
+    PatchError,
     Tree,
     contents,
     killed_at,
+    lock,
     make_site,
     sha,
     snapshot,
@@ -267,3 +270,27 @@ def test_a_second_run_waits_for_the_first(tree: Tree) -> None:
     assert os.waitpid(second, os.WNOHANG) == (0, 0), "it must wait, not recover what is still under way"
     os.write(go[1], b"x")
     assert [wait(first), wait(second)] == [0, 0]
+
+
+def test_a_lock_file_removed_meanwhile_excludes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between our open and our flock the holder ends and removes the file, and a third run makes a new one."""
+    flock, calls = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            (tmp_path / "lock").unlink()
+            (tmp_path / "lock").touch()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock.exclusive(tmp_path), (tmp_path / "lock").open() as other, pytest.raises(BlockingIOError):
+        flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_lock_held_too_long_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(PatchError, match="for too long"), lock.exclusive(tmp_path, timeout_s=0.1):
+            raise AssertionError("not reached")
