@@ -1,0 +1,1 @@
+"""Writes DeepSeek-V4 checkpoints with random weights: geometry -> tensors -> formats -> shards."""
