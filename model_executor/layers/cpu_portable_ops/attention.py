@@ -95,7 +95,9 @@ def flash_mla_with_kvcache_cpu(
         query = q[part].float()
         query *= scale
         selected = [(cache, _mask(cache, slots[part], block), block) for cache, slots, block in caches]
-        if part.stop - part.start == 1 or not _attend_dense(out[part], query, selected, width, attn_sink):
+        if part.stop - part.start == 1:
+            _attend_one(out[part], query, selected, attn_sink)
+        elif not _attend_dense(out[part], query, selected, width, attn_sink):
             _attend_gathered(out[part], query, selected, width, attn_sink)
 
 
@@ -113,20 +115,51 @@ def _weights(scores: torch.Tensor, attn_sink: torch.Tensor) -> torch.Tensor:
     return weights.div_(weights.sum(-1, keepdim=True).add_(torch.exp(sink - top)).clamp_(min=1e-30))
 
 
+def _attend_one(out: torch.Tensor, query: torch.Tensor, selected: list, attn_sink: torch.Tensor) -> None:
+    """One token: its rows in the order of its slots."""
+    key = _read_all([(cache, slots[slots >= 0], block) for cache, slots, block in selected])
+    if key.shape[0] == 0:
+        out.zero_()
+        return
+    weights = _weights((query[0] @ key.T).unsqueeze(0), attn_sink)
+    out[0] = weights[0] @ key
+
+
+def _read_all(selected: list) -> torch.Tensor:
+    """Rows of all caches, one after the other: float32 [N, 512]."""
+    key = torch.empty(sum(slots.shape[0] for _, slots, _ in selected), mla_cache.HEAD_DIM)
+    start = 0
+    for cache, slots, block in selected:
+        mla_cache.read(cache, slots, block, out=key[start : start + slots.shape[0]])
+        start += slots.shape[0]
+    return key
+
+
+def _distinct(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending distinct slots, and each slot's place among them."""
+    low, high = (int(bound) for bound in slots.aminmax())
+    if high - low > 8 * slots.numel():
+        return torch.unique(slots, return_inverse=True)
+    shifted = slots - low
+    present = torch.zeros(high - low + 1, dtype=torch.bool)
+    present[shifted.flatten()] = True
+    return present.nonzero().squeeze(1).add_(low), (present.cumsum(0) - 1)[shifted]
+
+
 def _attend_dense(out: torch.Tensor, query: torch.Tensor, selected: list, width: int, attn_sink: torch.Tensor) -> bool:
     """Score every token against every row that any token selects; False when that would be wasteful."""
     tokens, heads, dim = query.shape
     keys, counts = [], []
-    distinct = [torch.unique(slots, return_inverse=True) for _, slots, _ in selected]
+    distinct = [_distinct(slots) for _, slots, _ in selected]
     if sum(rows.shape[0] for rows, _ in distinct) > _DENSE_RATIO * width:
         return False
     for (cache, _, block), (rows, inverse) in zip(selected, distinct, strict=True):
         count = query.new_zeros(tokens, rows.shape[0])
         count.scatter_add_(1, inverse, query.new_ones(()).expand(inverse.shape))
         first = int(rows[0] < 0)
-        keys.append(mla_cache.read(cache, rows[first:], block))
+        keys.append((cache, rows[first:], block))
         counts.append(count[:, first:])
-    key = torch.cat(keys)
+    key = _read_all(keys)
     # log(count) gives a slot its multiplicity, and minus infinity where a token does not select it.
     bias = torch.cat(counts, dim=1).log_()
     if key.shape[0] == 0:

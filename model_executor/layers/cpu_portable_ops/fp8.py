@@ -10,15 +10,17 @@ E4M3_MIN_NORMAL = 2.0**-6
 _HALF_BIAS = 2.0**8
 
 
-def decode_e4m3(codes: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """float32 values of E4M3 codes (float8_e4m3fn or uint8), times ``scale``.
+def decode_e4m3(
+    codes: torch.Tensor, scale: torch.Tensor | float = 1.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 values of E4M3 codes (float8_e4m3fn or uint8), times ``scale``, written to ``out`` if given.
 
     ``scale`` is a number, or a float32 tensor [..., G] that divides the last dimension into G equal groups. Subnormals
     are exact. The two NaN codes (0x7F, 0xFF), which no quantiser here writes, read as +-480. About six times faster
     than ``codes.float()``, which converts element by element.
     """
     half = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16)
-    values = half.to(torch.float32)
+    values = half.to(torch.float32) if out is None else out.copy_(half)
     if not isinstance(scale, torch.Tensor):
         return values.mul_(scale * _HALF_BIAS)
     groups = scale.shape[-1]
@@ -27,10 +29,8 @@ def decode_e4m3(codes: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch
 
 
 def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:
-    """float32 powers of two of E8M0 codes (uint8): 2**(code - 127); 0 reads as zero, 255 as NaN."""
-    bits = codes.to(torch.int32)
-    value = bits.bitwise_left_shift(23).view(torch.float32)
-    return torch.where(bits == 255, torch.nan, value)
+    """float32 powers of two of E8M0 codes (uint8): 2**(code - 127); 0 reads as zero, 255 (NaN) as infinity."""
+    return codes.to(torch.int32).bitwise_left_shift_(23).view(torch.float32)
 
 
 def power_of_two_exponent(amax: torch.Tensor, floor: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .chunking import slices
@@ -74,10 +75,16 @@ def _mixes(value: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 
 def _sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
-    """Softmax of the rows, then alternating column and row normalisation, as the native kernel orders the epsilons."""
-    matrix = logits.softmax(-1).add_(eps)
-    matrix.div_(matrix.sum(-2, keepdim=True).add_(eps))
-    for _ in range(iterations - 1):
-        matrix.div_(matrix.sum(-1, keepdim=True).add_(eps))
-        matrix.div_(matrix.sum(-2, keepdim=True).add_(eps))
-    return matrix
+    """Softmax of the rows of [T, S, S], then columns and rows normalised in turn, epsilons where the native kernel has
+    them.
+
+    In NumPy with the tokens last: each step is a handful of short vector operations, for which PyTorch's overhead per
+    operation would dominate a decode step.
+    """
+    matrix = logits.softmax(-1).add_(eps).permute(1, 2, 0).contiguous()
+    values = matrix.numpy()
+    for axis in [0] + [1, 0] * (iterations - 1):
+        total = np.add.reduce(values, axis=axis, keepdims=True)
+        total += eps
+        values /= total
+    return matrix.permute(2, 0, 1)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from . import fp8
 from .chunking import slices
 
+# Weights decoded at a time: their float32 form stays in a core's second-level cache.
+_DECODED = 256 << 10
 _PACKABLE = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -65,7 +67,7 @@ def fp8_scaled_mm_cpu(
         )
     x = mat1.float()
     out = torch.empty(mat1.shape[0], rows, dtype=out_dtype)
-    for part in slices(rows, columns * 8):
+    for part in slices(rows, 0, max(block_n, _DECODED // columns)):
         scale = scales2[torch.arange(part.start, part.stop) // block_n]
         if columns % block_k == 0:
             weight = fp8.decode_e4m3(mat2[part], scale)

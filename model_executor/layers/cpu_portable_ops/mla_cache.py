@@ -23,7 +23,10 @@ SCALE_FLOOR = 1e-4
 
 
 def _pages(cache_2d: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the page tensor (uint8 [P, bytes]): data [P, B, 576] and scales [P, B, 8]."""
+    """Views of the page tensor (uint8 [P, bytes]): data [P, B, 576 bytes] and scales [P, B, 8 bytes].
+
+    As int64, since a gather costs the same for each element of whatever size; as bytes if the pool is not aligned.
+    """
     data = block_size * DATA_BYTES
     end = data + block_size * SCALE_BYTES
     if cache_2d.shape[1] < end:
@@ -31,19 +34,24 @@ def _pages(cache_2d: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch
             f"fp8_ds_mla page: expected at least {end} bytes for {block_size} tokens, got {cache_2d.shape[1]}; "
             "the cache was not allocated with the fp8_ds_mla layout"
         )
+    cache_2d, unit = cache_2d[:, :end], 1
+    if cache_2d.stride(0) % 8 == 0 and cache_2d.storage_offset() % 8 == 0:
+        cache_2d, unit = cache_2d.view(torch.int64), 8
     return (
-        cache_2d[:, :data].unflatten(1, (block_size, DATA_BYTES)),
-        cache_2d[:, data:end].unflatten(1, (block_size, SCALE_BYTES)),
+        cache_2d[:, : data // unit].unflatten(1, (block_size, DATA_BYTES // unit)),
+        cache_2d[:, data // unit :].unflatten(1, (block_size, SCALE_BYTES // unit)),
     )
 
 
-def read(cache_2d: torch.Tensor, slots: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Rows of the cache: slots int64 [N], all valid -> float32 [N, 512]."""
+def read(cache_2d: torch.Tensor, slots: torch.Tensor, block_size: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows of the cache: slots int64 [N], all valid -> float32 [N, 512], written to ``out`` if given."""
     data, scales = _pages(cache_2d, block_size)
     page, offset = slots // block_size, slots % block_size
-    row = data[page, offset]
-    out = torch.empty(slots.shape[0], HEAD_DIM)
-    out[:, :NOPE_DIM] = fp8.decode_e4m3(row[:, :NOPE_DIM], fp8.decode_e8m0(scales[page, offset][:, :GROUPS]))
+    row = data[page, offset].view(torch.uint8)
+    scale = scales[page, offset].view(torch.uint8)[:, :GROUPS]
+    if out is None:
+        out = torch.empty(slots.shape[0], HEAD_DIM)
+    fp8.decode_e4m3(row[:, :NOPE_DIM], fp8.decode_e8m0(scale), out=out[:, :NOPE_DIM])
     out[:, NOPE_DIM:] = row[:, NOPE_DIM:].view(torch.bfloat16)
     return out
 
@@ -62,5 +70,7 @@ def write(
     groups = nope.float().unflatten(-1, (GROUPS, GROUP))
     exponent = fp8.power_of_two_exponent(groups.abs().amax(-1), SCALE_FLOOR)
     codes = fp8.encode_e4m3(groups / fp8.exponent_to_scale(exponent).unsqueeze(-1), flush_subnormals)
-    data[page, offset] = torch.cat((codes.flatten(1).view(torch.uint8), rope.contiguous().view(torch.uint8)), dim=1)
-    scales[page, offset] = torch.nn.functional.pad(exponent.add_(127), (0, 1)).to(torch.uint8)
+    row = torch.cat((codes.flatten(1).view(torch.uint8), rope.contiguous().view(torch.uint8)), dim=1)
+    scale = torch.nn.functional.pad(exponent.add_(127), (0, 1)).to(torch.uint8)
+    data[page, offset] = row.view(data.dtype)
+    scales[page, offset] = scale.view(scales.dtype)

@@ -12,10 +12,9 @@ def rotate(
 
     positions int64 [T]; cos_sin_cache float32 [max_position, R], cosines first. ``inverse`` turns the other way.
     """
-    cos, sin = cos_sin_cache[positions].chunk(2, dim=-1)
-    shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[-1],)
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    turn = torch.complex(*cos_sin_cache[positions].chunk(2, dim=-1))
     if inverse:
-        sin = -sin
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+        turn = turn.conj()
+    turn = turn.view(turn.shape[:1] + (1,) * (x.dim() - 2) + turn.shape[1:])
+    pairs = torch.view_as_complex(x.unflatten(-1, (x.shape[-1] // 2, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2)
