@@ -1,0 +1,185 @@
+"""The Backend for Hopper: checks, workspace and the launch sequence; the arithmetic is in ``csrc``."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from nvfp4_megamoe.backends.sm90 import library
+from nvfp4_megamoe.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from nvfp4_megamoe.moe.geometry import MoEGeometry
+    from nvfp4_megamoe.moe.weights import ExpertWeights
+
+ALIGN = 256
+BLOCK_K = 128
+MAX_EXPERTS = 512
+MAX_CHUNK = 8192  # tokens a launch sequence; more are computed in chunks, which bounds the workspace
+MAX_WARPGROUPS = 4
+VARIANTS = (8, 16, 32, 48, 64, 96, 128)  # slots a tile, as compiled in csrc/api.cu
+
+
+def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | None:
+    """Why the kernels cannot compute this shape, or None."""
+    if hidden % BLOCK_K or intermediate % BLOCK_K:
+        return f"hidden {hidden} and intermediate {intermediate} must be multiples of {BLOCK_K}"
+    if not 0 < num_experts <= MAX_EXPERTS:
+        return f"{num_experts} local experts, at most {MAX_EXPERTS} are supported"
+    return None
+
+
+def choose_variant(tokens: int, top_k: int, num_experts: int) -> int:
+    """Slots a tile, from shapes alone so that a CUDA graph is valid for any routing: covers a busy expert's slots where it can."""
+    mean = tokens * top_k / num_experts
+    busy = min(tokens, mean + 2 * math.sqrt(mean))
+    return next((v for v in VARIANTS if v >= busy), VARIANTS[-1])
+
+
+class Sm90Backend:
+    """W4A16 on SM90. One instance serves one layer; ``prepare`` repacks its weights in place."""
+
+    name = "sm90"
+    precisions = ("w4a16",)
+
+    def __init__(self, geometry: MoEGeometry, precision: str | None = None) -> None:
+        self.geometry = geometry
+        self.precision = precision or "w4a16"
+        self.limit = math.inf if geometry.swiglu_limit is None else float(geometry.swiglu_limit)
+        self.weights: ExpertWeights | None = None
+
+    @classmethod
+    def unsupported_reason(cls, geometry: MoEGeometry, device: torch.device) -> str | None:
+        """See ``Backend.unsupported_reason``."""
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+            return f"the sm90 backend needs a Hopper GPU (compute capability 9.0), not {device}"
+        if not library.library_path().exists():
+            return f"{library.library_path()} does not exist: run python -m nvfp4_megamoe.backends.sm90.build"
+        return shape_problem(geometry.num_local_experts, geometry.hidden, geometry.intermediate)
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Repack ``weights`` in place (csrc/layout.cuh). Extra memory: one expert's larger projection."""
+        experts, rows, _ = weights.w13.shape
+        hidden, intermediate = weights.w2.shape[1], rows // 2
+        if problem := shape_problem(experts, hidden, intermediate):
+            raise UnsupportedError(problem)
+        for name in ("w13", "w13_scale", "w13_global", "w2", "w2_scale", "w2_global"):
+            tensor = getattr(weights, name)
+            if not tensor.is_cuda or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise UnsupportedError(f"{name} must be a contiguous CUDA tensor aligned to 16 bytes")
+        lib = library.load()
+        with torch.cuda.device(weights.w13.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            largest = max(rows * hidden, hidden * intermediate)
+            scratch = torch.empty(largest // 2 + largest // 16, dtype=torch.uint8, device=weights.w13.device)
+            for values, scales, n, k, gate_up in (
+                (weights.w13, weights.w13_scale, rows, hidden, 1),
+                (weights.w2, weights.w2_scale, hidden, intermediate, 0),
+            ):
+                code = lib.nvfp4_sm90_repack(
+                    values.data_ptr(), scales.data_ptr(), experts, n, k, gate_up, scratch.data_ptr(), stream
+                )
+                library.check(code, "repacking weights")
+            torch.cuda.current_stream().synchronize()
+            self.grid = torch.cuda.get_device_properties(weights.w13.device).multi_processor_count
+        self.weights = weights
+        self.num_experts, self.hidden, self.intermediate = experts, hidden, intermediate
+        self.partial_bytes = lib.nvfp4_sm90_partial_bytes(self.grid)
+
+    def _regions(self, slots: int) -> tuple[dict[str, int], int]:
+        """Byte offsets of the workspace's parts for ``slots`` (token, k) pairs, and its size."""
+        sizes = {
+            "order": 4 * slots,
+            "inverse": 4 * slots,
+            "offsets": 4 * (self.num_experts + 1),
+            "flags": 4 * 2 * MAX_WARPGROUPS * self.grid,
+            "partial": self.partial_bytes,
+            "intermediate": 2 * slots * self.intermediate,
+            "slot_out": 2 * slots * self.hidden,
+        }
+        offsets, at = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = at
+            at += -(-size // ALIGN) * ALIGN
+        return offsets, at
+
+    def workspace_bytes(self, max_tokens: int) -> int:
+        """See ``Backend.workspace_bytes``."""
+        return self._regions(min(max_tokens, MAX_CHUNK) * self.geometry.top_k)[1] + ALIGN
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: torch.Tensor | None,
+        variant: int | None = None,
+    ) -> None:
+        """See ``Backend.forward``. ``variant`` overrides the slots a tile, for tests and tuning."""
+        w = self.weights
+        if w is None:
+            raise RuntimeError("forward before prepare: the weights are not packed")
+        tokens, top_k = topk_ids.shape
+        self._check(x, topk_ids, topk_weights, expert_map, out, workspace)
+        if tokens == 0:
+            return
+        base = -(-workspace.data_ptr() // ALIGN) * ALIGN
+        experts = self.num_experts if expert_map is None else expert_map.numel()
+        lib, stream = library.load(), torch.cuda.current_stream(x.device).cuda_stream
+        for begin in range(0, tokens, MAX_CHUNK):
+            count = min(MAX_CHUNK, tokens - begin)
+            offsets, size = self._regions(count * top_k)
+            if base + size > workspace.data_ptr() + workspace.numel():
+                raise UnsupportedError(f"the workspace has {workspace.numel()} bytes, {size + ALIGN} are needed for {count} tokens")
+            args = library.ForwardArgs(
+                x=x[begin:].data_ptr(),
+                ids=topk_ids[begin:].data_ptr(),
+                topk_weights=topk_weights[begin:].data_ptr(),
+                expert_map=None if expert_map is None else expert_map.data_ptr(),
+                out=out[begin:].data_ptr(),
+                w13=w.w13.data_ptr(),
+                w13_scale=w.w13_scale.data_ptr(),
+                w2=w.w2.data_ptr(),
+                w2_scale=w.w2_scale.data_ptr(),
+                w13_global=w.w13_global.data_ptr(),
+                w2_global=w.w2_global.data_ptr(),
+                **{name: base + offset for name, offset in offsets.items()},
+                tokens=count,
+                topk=top_k,
+                ids_64=int(topk_ids.dtype == torch.int64),
+                map_size=0 if expert_map is None else expert_map.numel(),
+                num_experts=self.num_experts,
+                hidden=self.hidden,
+                intermediate_size=self.intermediate,
+                variant=variant or choose_variant(count, top_k, experts),
+                grid=self.grid,
+                num_flags=2 * MAX_WARPGROUPS * self.grid,
+                limit=self.limit,
+            )
+            library.check(lib.nvfp4_sm90_forward(ctypes.byref(args), stream), "the MoE layer's launch")
+
+    def _check(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
+        tokens = topk_ids.shape[0]
+        for name, tensor, shape, dtypes in (
+            ("x", x, (tokens, self.hidden), (torch.bfloat16,)),
+            ("out", out, (tokens, self.hidden), (torch.bfloat16,)),
+            ("topk_ids", topk_ids, tuple(topk_ids.shape), (torch.int32, torch.int64)),
+            ("topk_weights", topk_weights, tuple(topk_ids.shape), (torch.float32,)),
+            ("expert_map", expert_map, None, (torch.int32,)),
+            ("workspace", workspace, None, (torch.uint8,)),
+        ):
+            if tensor is None:
+                if name == "workspace" and tokens:
+                    raise UnsupportedError("a workspace of workspace_bytes(tokens) bytes is needed")
+                continue
+            if tensor.dtype not in dtypes or (shape is not None and tuple(tensor.shape) != shape):
+                raise UnsupportedError(f"{name}: expected {dtypes} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            if not tensor.is_contiguous() or (name in ("x", "out") and tensor.data_ptr() % 16):
+                raise UnsupportedError(f"{name} must be contiguous and aligned to 16 bytes")
+            if tensor.device != self.weights.w13.device:
+                raise UnsupportedError(f"{name} is on {tensor.device}, the weights are on {self.weights.w13.device}")

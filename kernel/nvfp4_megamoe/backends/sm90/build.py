@@ -1,0 +1,106 @@
+"""Compiles the kernels: ``python -m nvfp4_megamoe.backends.sm90.build``. Needs nvcc 12.4 or newer, no GPU, no torch.
+
+The result is one shared library with a plain C interface (``csrc/api.cu``). Serving only loads it, it never compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE / "csrc"
+LIBRARY = HERE / "libnvfp4_sm90.so"
+ARCHITECTURE = "arch=compute_90a,code=sm_90a"
+WIDTHS = (8, 16, 32, 48, 64, 80, 96, 128)
+
+
+class BuildError(RuntimeError):
+    """nvcc is missing or failed; the message says what to do."""
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: ``$NVCC``, then ``$PATH``, then ``$CUDA_HOME/bin``; None where there is none."""
+    candidates = [os.environ.get("NVCC"), "nvcc"]
+    candidates += [str(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")] if "CUDA_HOME" in os.environ else []
+    candidates += ["/usr/local/cuda/bin/nvcc"]
+    return next((found for c in candidates if c and (found := shutil.which(c))), None)
+
+
+def wgmma_header(widths: tuple[int, ...] = WIDTHS) -> str:
+    """C++ of ``Wgmma<N>::rs``: wgmma.m64nNk16, operand A in registers, bf16 in, float32 accumulators in place."""
+    lines = ["#pragma once", "#include <cstdint>", "namespace sm90 {", "template <int N> struct Wgmma;"]
+    for n in widths:
+        count = n // 2
+        regs = ", ".join(f"%{i}" for i in range(count))
+        outs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+        args = f"float (&d)[{count}], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b"
+        lines += [
+            f"template <> struct Wgmma<{n}> {{",
+            f"    static __device__ __forceinline__ void rs({args}) {{",
+            f'        asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{regs}}}, '
+            f'{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"',
+            f"            : {outs}",
+            '            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));',
+            "    }",
+            "};",
+        ]
+    return "\n".join([*lines, "}  // namespace sm90", ""])
+
+
+def compile_library(output: Path = LIBRARY) -> str:
+    """Compile ``csrc/api.cu`` to ``output`` and return ptxas' resource report. Raises BuildError."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("nvcc not found: install CUDA 12.4 or newer, or set NVCC to its path")
+    with tempfile.TemporaryDirectory() as generated:
+        (Path(generated) / "wgmma.cuh").write_text(wgmma_header())
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-gencode={ARCHITECTURE}", "-Xptxas", "-v", "-shared"]
+        command += ["-Xcompiler", "-fPIC", "-cudart", "static", "-I", generated, "-I", str(SOURCES)]
+        partial = Path(generated) / output.name
+        run = subprocess.run([*command, "-o", str(partial), str(SOURCES / "api.cu")], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise BuildError(f"nvcc failed with {run.returncode}:\n{run.stderr}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(partial, output)
+    return run.stderr
+
+
+def kernel_resources(report: str) -> dict[str, dict[str, int]]:
+    """Per kernel (mangled name) of ptxas' report: registers, stack, spill_stores, spill_loads (bytes)."""
+    found: dict[str, dict[str, int]] = {}
+    name = None
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            name = match.group(1)
+            found[name] = {}
+        elif name and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+            found[name].update(zip(("stack", "spill_stores", "spill_loads"), map(int, match.groups()), strict=True))
+        elif name and (match := re.search(r"Used (\d+) registers", line)):
+            found[name]["registers"] = int(match.group(1))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=LIBRARY)
+    output = parser.parse_args().output
+    try:
+        report = compile_library(output)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, use in sorted(kernel_resources(report).items()):
+        print(f"{use.get('registers', 0):4d} registers  {use.get('spill_stores', 0):4d} spilled bytes  {name}")
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

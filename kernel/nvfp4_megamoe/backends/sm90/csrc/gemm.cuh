@@ -1,0 +1,368 @@
+// Grouped GEMM over slots: weights are wgmma's operand A, decoded in registers; slots are its columns. One persistent CTA per
+// multiprocessor: NWG consumer warpgroups, each with one unit (two 64-row tiles), share the activations; one producer warpgroup
+// copies packed weights in bulk and gathers activation rows.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "layout.cuh"
+#include "ptx.cuh"
+#include "schedule.cuh"
+#include "wgmma.cuh"
+
+namespace sm90 {
+
+enum Phase { kGateUp = 0, kDown = 1 };
+
+struct GemmParams {
+    const __nv_bfloat16* act;   // kGateUp: [T, K] tokens; kDown: [slots, K]
+    const int* order;           // [slots] flat index t * topk + k
+    const int* offsets;         // [E + 1]
+    const uint8_t* values;      // [E, units, kblocks, kUnitValueBytes]
+    const uint8_t* scales;      // [E, units, kblocks, kUnitScaleBytes]
+    const float* alpha;         // kGateUp: [E, 2]; kDown: [E]
+    __nv_bfloat16* out;         // [slots, out_stride]
+    float* partial;             // [grid, NWG, 128 threads * NMAX]
+    int* flags;                 // [grid, NWG], zero at launch
+    int num_experts, kblocks, units, topk, out_stride;
+    float limit;
+};
+
+template <int NWG, int NMAX>
+struct SmemPlan {
+    static constexpr int kValues = NWG * kUnitValueBytes;
+    static constexpr int kScales = NWG * kUnitScaleBytes;
+    static constexpr int kActHalf = NMAX * 128;               // 64 columns of k, 128-byte rows
+    static constexpr int kStage = kValues + kScales + 2 * kActHalf;
+    static constexpr int kTables = (int(sizeof(ScheduleTables)) + 127) / 128 * 128;
+    static constexpr int kStaging = NWG * 4 * 512;
+    static constexpr int kFixed = kTables + kStaging + 256 + 1024;   // barriers, alignment
+    static constexpr int kStages = (227 * 1024 - kFixed) / kStage > 6 ? 6 : (227 * 1024 - kFixed) / kStage;
+    static constexpr int kBytes = kStages * kStage + kFixed;
+};
+
+// Compiled widths are NMIN, NMIN + STEP, ..., NMAX; a tile takes the smallest that covers its slots.
+template <int PHASE, int NWG, int NMAX, int NMIN, int STEP>
+struct Gemm {
+    using Plan = SmemPlan<NWG, NMAX>;
+    static constexpr int S = Plan::kStages;
+    static constexpr bool kNarrow = NMAX > 32;   // one 64-row tile per wgmma group: half the fragment registers
+
+    struct Shared {
+        uint32_t stages, full, empty, staging;
+    };
+
+    struct Ring {
+        int stage = 0;
+        uint32_t phase = 0;
+        __device__ __forceinline__ void advance() {
+            if (++stage == S) {
+                stage = 0;
+                phase ^= 1;
+            }
+        }
+    };
+
+    // ---- producer ----
+    static __device__ __forceinline__ void produce(const GemmParams& p, const Shared& sh, const ScheduleTables& sched) {
+        constexpr int R = NMAX / 8;   // rows per thread
+        const int tid = threadIdx.x - NWG * 128;
+        const int chunk = tid & 15, row0 = tid >> 4;
+        const uint64_t policy = NMAX > 64 ? policy_normal() : policy_evict_first();
+        const size_t unit_values = size_t(p.kblocks) * kUnitValueBytes, unit_scales = size_t(p.kblocks) * kUnitScaleBytes;
+        const uint32_t row_bytes = p.kblocks * kBlockK * 2;
+        Ring ring;
+        Cursor cursor;
+        Tile t;
+        bool first = true;
+        while (cursor.next(sched, t)) {
+            const int unit0 = t.row_tile * NWG;
+            const int units = min(NWG, p.units - unit0);
+            const size_t unit_index = size_t(t.expert) * p.units + unit0;
+            const uint8_t* values = p.values + unit_index * unit_values + size_t(t.kb0) * kUnitValueBytes;
+            const uint8_t* scales = p.scales + unit_index * unit_scales + size_t(t.kb0) * kUnitScaleBytes;
+            uint32_t offset[R];
+#pragma unroll
+            for (int i = 0; i < R; ++i) {
+                const int r = row0 + 8 * i;
+                if (r < t.rows) {
+                    int row = t.slot0 + r;
+                    if (PHASE == kGateUp) row = p.order[row] / p.topk;
+                    offset[i] = uint32_t(row) * row_bytes + chunk * 16;
+                }
+            }
+            const char* act = reinterpret_cast<const char*>(p.act) + size_t(t.kb0) * (kBlockK * 2);
+            const uint32_t dst0 = Plan::kValues + Plan::kScales + (chunk >> 3) * Plan::kActHalf + row0 * 128 + (((chunk & 7) ^ row0) * 16);
+            for (int kb = t.kb0; kb < t.kb1; ++kb) {
+                const uint32_t full = sh.full + ring.stage * 8;
+                mbar_wait(sh.empty + ring.stage * 8, ring.phase ^ 1);
+                const uint32_t base = sh.stages + ring.stage * Plan::kStage;
+                if (tid == 0) {
+                    mbar_expect_tx(full, units * (kUnitValueBytes + kUnitScaleBytes));
+                    for (int u = 0; u < units; ++u) {
+                        bulk_load(base + 2 * Plan::kActHalf * 0 + u * kUnitValueBytes, values + u * unit_values, kUnitValueBytes, full, policy);
+                        bulk_load(base + Plan::kValues + u * kUnitScaleBytes, scales + u * unit_scales, kUnitScaleBytes, full, policy);
+                    }
+                }
+                if (PHASE == kDown && first) {   // weights may be read before the previous kernel has written the activations
+                    grid_wait();
+                    first = false;
+                }
+#pragma unroll
+                for (int i = 0; i < R; ++i)
+                    if (row0 + 8 * i < t.rows) cp_async16(base + dst0 + i * 1024, act + offset[i]);
+                cp_async_arrive(full);
+                values += kUnitValueBytes;
+                scales += kUnitScaleBytes;
+                act += kBlockK * 2;
+                ring.advance();
+            }
+        }
+    }
+
+    // ---- consumer ----
+    template <int N>
+    static __device__ __forceinline__ void mainloop(const Shared& sh, Ring& ring, int kblocks, float (&acc)[2][N / 2]) {
+        const int wg = threadIdx.x >> 7, tid = threadIdx.x & 127;
+        const uint32_t value_offset = wg * kUnitValueBytes + tid * 16;
+        const uint32_t scale_offset = Plan::kValues + wg * kUnitScaleBytes + (tid >> 5) * 64 + ((tid & 31) >> 2) * 8;
+        const uint32_t desc_hi = uint32_t(make_desc(0) >> 32);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) acc[m][i] = 0.f;
+        uint32_t frag[kNarrow ? 1 : 2][2][8];
+        uint32_t previous = 0;
+        for (int kb = 0; kb < kblocks; ++kb) {
+            mbar_wait(sh.full + ring.stage * 8, ring.phase);
+            fence_proxy_async();
+            const uint32_t base = sh.stages + ring.stage * Plan::kStage;
+            const uint32_t desc_lo = (uint32_t(1) << 16) | (((base + Plan::kValues + Plan::kScales) & 0x3FFFF) >> 4);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint4 v[2];
+                uint2 s[2];
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    v[m] = lds128(base + value_offset + half * 4096 + m * 2048);
+                    s[m] = lds64(base + scale_offset + half * 512 + m * 256);
+                }
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t lo = desc_lo + half * (Plan::kActHalf >> 4) + h * 4;
+                    const uint64_t desc0 = (uint64_t(desc_hi) << 32) | lo, desc1 = (uint64_t(desc_hi) << 32) | (lo + 2);
+                    // A fragment's registers may be written again once at most the group after its own is in flight.
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        uint32_t(&f)[8] = frag[kNarrow ? 0 : h][m];
+                        if (kNarrow || m == 0) {
+                            wgmma_wait<1>();
+                            if (half == 0 && h == 1 && m == 0 && kb > 0 && (tid & 31) == 0) mbar_arrive(previous);
+                        }
+                        decode_k32(h ? v[m].z : v[m].x, h ? v[m].w : v[m].y, h ? s[m].y : s[m].x, f);
+                        if (kNarrow) {
+                            wgmma_fence();
+                            Wgmma<N>::rs(acc[m], f[0], f[1], f[2], f[3], desc0);
+                            Wgmma<N>::rs(acc[m], f[4], f[5], f[6], f[7], desc1);
+                            wgmma_commit();
+                        }
+                    }
+                    if (!kNarrow) {
+                        uint32_t(&f)[2][8] = frag[kNarrow ? 0 : h];
+                        wgmma_fence();
+#pragma unroll
+                        for (int m = 0; m < 2; ++m) Wgmma<N>::rs(acc[m], f[m][0], f[m][1], f[m][2], f[m][3], desc0);
+#pragma unroll
+                        for (int m = 0; m < 2; ++m) Wgmma<N>::rs(acc[m], f[m][4], f[m][5], f[m][6], f[m][7], desc1);
+                        wgmma_commit();
+                    }
+                }
+            }
+            previous = sh.empty + ring.stage * 8;
+            ring.advance();
+        }
+        wgmma_wait<0>();
+        if ((tid & 31) == 0) mbar_arrive(previous);
+    }
+
+    // A warpgroup beyond the last unit only keeps the ring going.
+    static __device__ __forceinline__ void skip(const Shared& sh, Ring& ring, int kblocks) {
+        for (int kb = 0; kb < kblocks; ++kb) {
+            mbar_wait(sh.full + ring.stage * 8, ring.phase);
+            if ((threadIdx.x & 31) == 0) mbar_arrive(sh.empty + ring.stage * 8);
+            ring.advance();
+        }
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void tile(const GemmParams& p, const Shared& sh, Ring& ring, const ScheduleTables& sched, const Tile& t) {
+        const int wg = threadIdx.x >> 7, tid = threadIdx.x & 127;
+        const int unit = t.row_tile * NWG + wg;
+        float acc[2][N / 2];
+        mainloop<N>(sh, ring, t.kb1 - t.kb0, acc);
+
+        if (t.kb0 > 0) {   // not the finisher: leave the sum for it
+            float4* dst = reinterpret_cast<float4*>(p.partial) + (size_t(blockIdx.x) * NWG + wg) * (128 * NMAX / 4) + tid;
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int i = 0; i < N / 8; ++i)
+                    dst[(m * (N / 8) + i) * 128] = make_float4(acc[m][4 * i], acc[m][4 * i + 1], acc[m][4 * i + 2], acc[m][4 * i + 3]);
+            __threadfence();
+            named_barrier(1 + wg, 128);
+            if (tid == 0) st_release(p.flags + blockIdx.x * NWG + wg, 1);
+            return;
+        }
+        if (t.kb1 < sched.kblocks) {
+            for (int c = blockIdx.x + 1; sched.range_begin(c) < t.sk_end; ++c) {
+                if (sched.range_begin(c) == sched.range_begin(c + 1)) continue;   // more CTAs than items: this one has none
+                if (tid == 0)
+                    while (ld_acquire(p.flags + c * NWG + wg) == 0) {}
+                named_barrier(1 + wg, 128);
+                const float4* src = reinterpret_cast<const float4*>(p.partial) + (size_t(c) * NWG + wg) * (128 * NMAX / 4) + tid;
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int i = 0; i < N / 8; ++i) {
+                        const float4 v = __ldcg(src + (m * (N / 8) + i) * 128);
+                        acc[m][4 * i] += v.x;
+                        acc[m][4 * i + 1] += v.y;
+                        acc[m][4 * i + 2] += v.z;
+                        acc[m][4 * i + 3] += v.w;
+                    }
+            }
+        }
+
+        // A warp has 16 weight rows of every slot. Transposed through shared memory, a slot's 16 outputs are 32 contiguous bytes.
+        const int warp = tid >> 5, lane = tid & 31;
+        const uint32_t staging = sh.staging + (wg * 4 + warp) * 512;
+        const uint32_t st_addr = staging + (lane & 7) * 32 + ((lane >> 3) & 1) * 16;
+        float alpha[2];
+        if (PHASE == kGateUp) {
+            alpha[0] = p.alpha[2 * t.expert] * kAlphaFactor;
+            alpha[1] = p.alpha[2 * t.expert + 1] * kAlphaFactor;
+        } else {
+            alpha[0] = alpha[1] = p.alpha[t.expert] * kAlphaFactor;
+        }
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            if (8 * j < t.rows) {
+#pragma unroll
+                for (int m = 0; m < (PHASE == kGateUp ? 1 : 2); ++m) {
+                    float v[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        if (PHASE == kGateUp) {
+                            const float g = fminf_nan(acc[0][4 * j + i] * alpha[0], p.limit);
+                            const float u = clamp_nan(acc[1][4 * j + i] * alpha[1], p.limit);
+                            v[i] = __fdividef(g, 1.f + __expf(-g)) * u;
+                        } else {
+                            v[i] = acc[m][4 * j + i] * alpha[0];
+                        }
+                    }
+                    __syncwarp();
+                    stmatrix_x2_trans(st_addr, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+                    __syncwarp();
+                    if (lane < 16) {
+                        const int slot = 8 * j + (lane >> 1);
+                        if (slot < t.rows) {
+                            const uint4 w = lds128(staging + lane * 16);
+                            const int column = (PHASE == kGateUp ? unit * 64 : unit * 128 + m * 64) + warp * 16 + (lane & 1) * 8;
+                            *reinterpret_cast<uint4*>(p.out + size_t(t.slot0 + slot) * p.out_stride + column) = w;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ float fminf_nan(float a, float b) { return a > b ? b : a; }
+    static __device__ __forceinline__ float clamp_nan(float a, float b) { return a > b ? b : (a < -b ? -b : a); }
+    static __device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
+        const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
+
+    // Smallest compiled width that covers t.rows.
+    template <int N>
+    static __device__ __forceinline__ void dispatch(const GemmParams& p, const Shared& sh, Ring& ring, const ScheduleTables& sched, const Tile& t) {
+        if constexpr (N >= NMAX) {
+            tile<NMAX>(p, sh, ring, sched, t);
+        } else {
+            if (t.rows <= N) tile<N>(p, sh, ring, sched, t);
+            else dispatch<N + STEP>(p, sh, ring, sched, t);
+        }
+    }
+
+    static __device__ __forceinline__ void consume(const GemmParams& p, const Shared& sh, const ScheduleTables& sched) {
+        Ring ring;
+        Cursor cursor;
+        Tile t;
+        const int wg = threadIdx.x >> 7;
+        while (cursor.next(sched, t)) {
+            if (t.row_tile * NWG + wg < p.units) dispatch<NMIN>(p, sh, ring, sched, t);
+            else skip(sh, ring, t.kb1 - t.kb0);
+        }
+    }
+
+    static __device__ __forceinline__ void run(const GemmParams& p) {
+        extern __shared__ __align__(1024) uint8_t smem_raw[];
+        uint8_t* smem = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(smem_raw) + 1023) & ~uintptr_t(1023));
+        ScheduleTables& sched = *reinterpret_cast<ScheduleTables*>(smem + S * Plan::kStage + Plan::kStaging);
+        Shared sh;
+        sh.stages = smem_u32(smem);
+        sh.staging = sh.stages + S * Plan::kStage;
+        sh.full = sh.staging + Plan::kStaging + Plan::kTables;
+        sh.empty = sh.full + S * 8;
+        const int E = p.num_experts;
+        if (threadIdx.x == 0) {
+            for (int s = 0; s < S; ++s) {
+                mbar_init(sh.full + s * 8, 128 + 1);
+                mbar_init(sh.empty + s * 8, NWG * 4);
+            }
+            mbar_fence_init();
+        }
+        if (PHASE == kGateUp) grid_wait();
+        if (threadIdx.x < 32) {   // offsets and slot tiles of every expert
+            const int lane = threadIdx.x;
+            int sum = 0;
+            for (int e0 = 0; e0 < E; e0 += 32) {
+                const int e = e0 + lane;
+                const int begin = e <= E ? p.offsets[e] : 0;
+                const int count = e < E ? p.offsets[e + 1] - begin : 0;
+                int incl = (count + NMAX - 1) / NMAX;
+                const int own = incl;
+#pragma unroll
+                for (int d = 1; d < 32; d *= 2) {
+                    const int o = __shfl_up_sync(~0u, incl, d);
+                    if (lane >= d) incl += o;
+                }
+                if (e < E) {
+                    sched.offsets[e] = begin;
+                    sched.tiles_before[e] = sum + incl - own;
+                }
+                sum += __shfl_sync(~0u, incl, 31);
+            }
+            if (lane == 0) {
+                sched.offsets[E] = p.offsets[E];
+                sched.tiles_before[E] = sum;
+                sched.init(E, (p.units + NWG - 1) / NWG, p.kblocks, NMAX);
+            }
+        }
+        __syncthreads();
+        grid_launch_dependents();
+        if (threadIdx.x >= NWG * 128) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(56));
+            produce(p, sh, sched);
+        } else {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NWG == 2 ? 224 : 104));
+            consume(p, sh, sched);
+        }
+    }
+};
+
+template <int PHASE, int NWG, int NMAX, int NMIN, int STEP>
+__global__ void __launch_bounds__(NWG * 128 + 128, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
+    Gemm<PHASE, NWG, NMAX, NMIN, STEP>::run(p);
+}
+
+}  // namespace sm90

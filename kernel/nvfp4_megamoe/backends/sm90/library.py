@@ -1,0 +1,53 @@
+"""Loads the compiled kernels and states their C interface (``csrc/api.cu``)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+from nvfp4_megamoe.backends.sm90.build import LIBRARY
+from nvfp4_megamoe.errors import UnsupportedError
+
+
+class ForwardArgs(ctypes.Structure):
+    """``Nvfp4Sm90Forward``: pointers are device addresses."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "ids", "topk_weights", "expert_map", "out")),
+        *((name, ctypes.c_void_p) for name in ("w13", "w13_scale", "w2", "w2_scale", "w13_global", "w2_global")),
+        *((name, ctypes.c_void_p) for name in ("order", "inverse", "offsets", "flags", "partial", "intermediate", "slot_out")),
+        *((name, ctypes.c_int) for name in ("tokens", "topk", "ids_64", "map_size", "num_experts", "hidden")),
+        *((name, ctypes.c_int) for name in ("intermediate_size", "variant", "grid", "num_flags")),
+        ("limit", ctypes.c_float),
+    ]
+
+
+def library_path() -> Path:
+    """``$NVFP4_SM90_LIBRARY`` or the file that the build step writes."""
+    return Path(os.environ.get("NVFP4_SM90_LIBRARY", LIBRARY))
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the library once a process. Raises UnsupportedError where it has not been built."""
+    path = library_path()
+    if not path.exists():
+        raise UnsupportedError(f"{path} does not exist: run python -m nvfp4_megamoe.backends.sm90.build")
+    lib = ctypes.CDLL(str(path))
+    lib.nvfp4_sm90_forward.argtypes = [ctypes.POINTER(ForwardArgs), ctypes.c_void_p]
+    lib.nvfp4_sm90_forward.restype = ctypes.c_int
+    lib.nvfp4_sm90_repack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_void_p]
+    lib.nvfp4_sm90_repack.restype = ctypes.c_int
+    lib.nvfp4_sm90_partial_bytes.argtypes = [ctypes.c_int]
+    lib.nvfp4_sm90_partial_bytes.restype = ctypes.c_size_t
+    lib.nvfp4_sm90_error.argtypes = [ctypes.c_int]
+    lib.nvfp4_sm90_error.restype = ctypes.c_char_p
+    return lib
+
+
+def check(code: int, what: str) -> None:
+    """Raise RuntimeError with CUDA's own words where ``code`` is not success."""
+    if code != 0:
+        raise RuntimeError(f"{what}: CUDA error {code}, {load().nvfp4_sm90_error(code).decode()}")
