@@ -143,14 +143,10 @@ def _stall(now: float, ranks: list[tuple[RankStatus, Movement]], limits: Limits)
     working = [(status, movement) for status, movement in unready if status.phase not in PASSIVE] or unready
     status, movement = max(working, key=lambda pair: pair[1].moved_at)
     if (silent := now - movement.moved_at) >= limits.stall_after_s:
-        who = (
-            f"no rank has moved for {silent:.0f} s"
-            if len(working) > 1
-            else f"{name(status)} has not moved for {silent:.0f} s"
-        )
-        return Verdict(
-            STALLED, f"{who} (no progress, I/O or CPU time); {name(status)} was last, in phase {status.phase}"
-        )
+        nothing = f"has not moved for {silent:.0f} s (no progress, I/O or CPU time)"
+        if len(working) == 1:
+            return Verdict(STALLED, f"{name(status)} {nothing} in phase {status.phase}")
+        return Verdict(STALLED, f"every rank {nothing}; the last was {name(status)} in phase {status.phase}")
     status, movement = min(working, key=lambda pair: pair[1].moved_at)
     if (silent := now - movement.moved_at) >= limits.rank_stall_after_s:
         return Verdict(STALLED, f"{name(status)} has not moved for {silent:.0f} s in phase {status.phase}, others have")

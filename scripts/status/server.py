@@ -16,7 +16,7 @@ from .metrics import exposition
 from .phases import READY
 
 _PAGE = Path(__file__).with_name("page.html")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 # A snapshot older than this means that this service itself is stuck.
 _STALE_S = 30.0
 
