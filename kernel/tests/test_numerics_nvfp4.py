@@ -109,6 +109,15 @@ def test_zero_tensors_and_zero_blocks():
     assert nvfp4.dequantize(*q).isfinite().all()
 
 
+@pytest.mark.parametrize("amax", [1e-45, 1e-38, 1e-34, 1.0, 3e38])
+def test_the_global_scale_is_a_positive_normal_number(amax):
+    scale = nvfp4.global_scale_of(torch.tensor([0.0, -amax]))
+    assert scale.dtype == torch.float32 and scale.shape == ()
+    assert torch.finfo(torch.float32).tiny <= float(scale) <= 3e38
+    if amax > 1e-34:
+        assert float(scale) == pytest.approx(amax / 2688, rel=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-30, 1e30, 3e38])
 def test_extreme_magnitudes_stay_finite(rng, size):
     x = (torch.rand((4, 64), generator=rng) * 2 - 1) * size
