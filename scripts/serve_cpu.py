@@ -30,6 +30,8 @@ def server_environment(processors: list[int], ranks: int) -> dict[str, str]:
         # vLLM's own choice leaves one processor of a small machine idle.
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, group)) for group in groups),
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # Spin briefly at OpenMP barriers: vLLM runs more processes than a small machine has processors.
+        "GOMP_SPINCOUNT": "10000",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
