@@ -122,7 +122,7 @@ def test_bad_block_scale(rng, projection, bits, words):
     tensors = random_tensors(GEOMETRY, rng)
     name = f"{PREFIX}.2.{projection}.weight_scale"
     tensors[name].view(torch.uint8)[-1, -1] = bits
-    tensors[f"{PREFIX}.2.{projection}.weight"][-1, -1] = 0x70  # one non-zero code, in the last place of the last block
+    tensors[f"{PREFIX}.2.{projection}.weight"][-1, -1] = 0x70
     refused(tensors, name, words, "expected")
     weights = random_weights(LOCAL_GEOMETRY, rng, LOCAL)
     weights.projection(projection)["weight_scale"][2].view(torch.uint8)[-1, -1] = bits
@@ -144,9 +144,14 @@ def test_zero_scale_over_zero_codes_is_right(rng, projection):
     part["weight_scale"][1].view(torch.uint8)[3, 1] = 0
     part["weight"][1][3, 8:16] = 0x80  # -0 is zero too
     weights.validate(LAYER)
-    part["weight"][1][3, 8:16] = 0x10
-    with pytest.raises(CheckpointError, match="1 zero block"):
-        weights.validate(LAYER)
+    for byte in range(8, 16):
+        for code in (0x01, 0x90):
+            part["weight"][1][3, byte] = code
+            with pytest.raises(CheckpointError, match="1 zero block"):
+                weights.validate(LAYER)
+        part["weight"][1][3, byte] = 0
+    part["weight"][1][3, 7] = part["weight"][1][3, 16] = 0x77  # its neighbours do not count
+    weights.validate(LAYER)
 
 
 @pytest.mark.parametrize("kind", list(et.DTYPES))
