@@ -11,6 +11,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,7 @@ def test_a_broken_checkpoint_file_leaves_the_total_unknown(directory: Path, tmp_
     progress.start(configuration(1), 0)
     for _ in progress.read_weights(tensors(3), [str(broken)]):
         time.sleep(0.1)
+    assert any(thread.name == "startup-progress" for thread in threading.enumerate()), "the heartbeat has ended"
     assert records(directory)["upload"]["total"] == {} and records(directory)["upload"]["done"]["tensors"] == 3
 
 

@@ -214,6 +214,7 @@ def test_an_earlier_run_is_ignored(directory: Path) -> None:
         for process in old:
             process.kill()
             process.wait()
+        (directory / "old-rank0.tmp").write_text("killed in the middle of a write")
         time.sleep(0.05)
         watch = collector(directory)
         snapshot = watch.look()
@@ -235,6 +236,20 @@ def test_a_run_that_dies_while_watched_is_a_failure_until_the_next(directory: Pa
         look_until(watch, state_is("failed"))
         ranks.start(0, 1, "ready", run="second")
         assert look_until(watch, state_is("ready")).ranks[0][0].run == "second"
+
+
+def test_a_runs_name_may_be_used_again(directory: Path) -> None:
+    with Ranks(directory) as ranks:
+        first = [ranks.start(rank, 2, "load:3000:0.05") for rank in (0, 1)]
+        watch = collector(directory)
+        look_until(watch, lambda snapshot: len(snapshot.ranks) == 2)
+        for process in first:
+            process.kill()
+            process.wait()
+        look_until(watch, state_is("failed"))
+        ranks.start(0, 2, "load:3000:0.05")
+        snapshot = look_until(watch, state_is("progressing"))
+        assert snapshot.verdict.reason == "1 of 2 ranks have reported: 1 missing"
 
 
 def test_of_two_live_runs_the_newest_counts_unless_one_is_named(directory: Path) -> None:

@@ -104,5 +104,6 @@ def _remove_dead(directory: Path, rank: int, keep: Path) -> None:
             continue
         with contextlib.suppress(OSError), open(lock_path, "r+") as lock_file:
             fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.with_suffix(".tmp").unlink(missing_ok=True)
             path.unlink()
             lock_path.unlink()

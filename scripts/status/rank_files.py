@@ -113,6 +113,12 @@ def lock_owner(path: Path) -> int | None:
     return None if kind == fcntl.F_UNLCK else max(0, pid)
 
 
+def _of_this_start(members: list[RankStatus]) -> list[RankStatus]:
+    """Leave out ranks that were dead and silent before the first living one began: a run's name may be used again."""
+    began = min((member.process_started for member in members if member.alive), default=float("-inf"))
+    return [member for member in members if member.alive or member.heartbeat >= began]
+
+
 class RankFiles:
     """The newest run in ``directory``, or run ``run_id`` only.
 
@@ -139,7 +145,8 @@ class RankFiles:
         eligible = [run for run in runs if run not in past and self._run_id in (None, run)]
         chosen = max(eligible, key=lambda run: max(member.process_started for member in runs[run]), default=None)
         self.other_runs = sorted(run for run in runs if run != chosen)
-        return sorted(runs.get(chosen, []), key=lambda status: status.rank) if chosen is not None else []
+        members = _of_this_start(runs[chosen]) if chosen is not None else []
+        return sorted(members, key=lambda status: status.rank)
 
     def _of_now(self, status: RankStatus) -> bool:
         return status.alive or status.heartbeat >= self._started
