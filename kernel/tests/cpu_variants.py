@@ -9,14 +9,16 @@ from nvfp4_megamoe.backends.cpu import build, library
 from nvfp4_megamoe.backends.cpu.backend import CpuBackend
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 
+_QUICK = tuple(flag.replace("-O3", "-O1") for flag in build.FLAGS)  # to compile, not to run
 _FLAGS = {
     "native": build.FLAGS,
-    "native-f32": (*build.FLAGS, "-DNVFP4_OPERAND_F32"),
-    "avx2": tuple(flag for flag in build.FLAGS if flag != "-march=native") + ("-mavx2", "-mfma", "-mf16c"),
-    "bf16": (*build.FLAGS, "-DNVFP4_EMULATE_BF16"),
+    "native-f32": (*_QUICK, "-DNVFP4_OPERAND_F32"),
+    "avx2": (*(flag for flag in _QUICK if flag != "-march=native"), "-mavx2", "-mfma", "-mf16c"),
+    "bf16": (*_QUICK, "-DNVFP4_EMULATE_BF16"),
+    "amx": (*_QUICK, "-DNVFP4_EMULATE_BF16", "-DNVFP4_EMULATE_AMX"),
 }
-# Without AVX512 the bfloat16 operands cannot even be emulated.
-VARIANTS = [*(v for v in _FLAGS if v != "bf16" or "avx512bw" in build.cpu_flags()), "torch"]
+# Without AVX512 the bfloat16 operands and the tiles cannot even be emulated.
+VARIANTS = [*(v for v in _FLAGS if v not in ("bf16", "amx") or "avx512bw" in build.cpu_flags()), "torch"]
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""CPU backend: ``backend.py`` (the class), ``kernel.cpp`` (compiled by ``build.py``), ``torch_path.py`` (without it)."""
+"""CPU backend: ``backend.py`` is the class, ``build.py`` compiles ``kernel.cpp``, ``torch_path.py`` does without."""

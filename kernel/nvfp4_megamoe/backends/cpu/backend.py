@@ -82,7 +82,9 @@ class CpuBackend:
             raise ValueError(f"Weights have (experts, hidden, intermediate) = {shape}; the layer has {expected}.")
         for name, tensor in tensors.items():
             if tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise ValueError(f"{name} must be a contiguous CPU tensor; it is on {tensor.device}, {tensor.stride()}.")
+                raise ValueError(
+                    f"{name} must be a contiguous CPU tensor; it is on {tensor.device} with strides {tensor.stride()}."
+                )
             if name in dict(layer._fields_):
                 setattr(layer, name, tensor.data_ptr())
         self._weights = weights

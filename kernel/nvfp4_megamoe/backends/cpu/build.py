@@ -2,11 +2,14 @@
 
 The library lies in ``$NVFP4_MEGAMOE_CACHE`` (default ``~/.cache/nvfp4_megamoe``) under a name that holds a hash of the
 sources, the flags, torch's version and the CPU's feature flags; a library for another machine or version is never
-loaded. It is compiled in a directory of its own and renamed into place, so processes that start at once are safe.
+loaded. It is compiled in a directory of its own and renamed into place, so a process never sees a part of it; of
+processes that start at once one compiles and the others wait.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import logging
@@ -14,8 +17,10 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -80,7 +85,10 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
     start = time.monotonic()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as directory:
+        with _alone_in(target.parent), tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as directory:
+            if target.exists():
+                return target
+            logger.info("Compiling the CPU kernel, once for this machine")
             made, library = f"{directory}/kernel.o", f"{directory}/kernel.so"
             _run([compiler, *flags, "-c", str(SOURCE / "kernel.cpp"), "-o", made])
             # Linked without -fopenmp: the OpenMP symbols must resolve to the runtime that torch has loaded. A second
@@ -88,9 +96,23 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
             _run([compiler, "-shared", made, "-o", library])
             os.replace(library, target)
     except OSError as error:
-        raise UnsupportedError(f"Cannot write the CPU kernel to {target.parent}: {error}. Set NVFP4_MEGAMOE_CACHE.") from error
+        raise UnsupportedError(
+            f"Cannot write the CPU kernel to {target.parent}: {error}. Set NVFP4_MEGAMOE_CACHE to a writable directory."
+        ) from error
     logger.info("Built the CPU kernel in %.1f s: %s", time.monotonic() - start, target)
     return target
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out; they go on if this one dies."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: both compile, the later rename wins
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _run(command: list[str]) -> None:
@@ -101,6 +123,7 @@ def _run(command: list[str]) -> None:
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     done = library_path().exists()
     start = time.monotonic()
     path = build()

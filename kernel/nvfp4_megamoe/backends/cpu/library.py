@@ -36,10 +36,10 @@ _SIGNATURES = {
     "nvfp4_threads": (c_int32, ()),
     "nvfp4_layer_bytes": (c_int64, ()),
     "nvfp4_workspace_bytes": (c_int64, (POINTER(Layer), c_int64)),
-    # layer, x, x_stride, ids, ids_are_int64, weights, expert_map, out, out_stride, tokens, workspace
+    # layer; x, its stride; ids, whether they are int64; weights, expert_map; out, its stride; tokens, workspace
     "nvfp4_forward": (
         None,
-        (POINTER(Layer), c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        (POINTER(Layer), *(c_void_p, c_int64, c_void_p, c_int32), *(c_void_p,) * 3, *(c_int64, c_int64, c_void_p)),
     ),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +29,7 @@ def forward(
     order, bounds = order.long(), offsets.tolist()
     flat_weights = topk_weights.reshape(-1, 1)
     total = torch.zeros(out.shape, dtype=torch.float32)
-    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin == end:
             continue
         slots = order[begin:end]

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from nvfp4_megamoe.backends import select
+from nvfp4_megamoe.backends.cpu.backend import CpuBackend
+from nvfp4_megamoe.errors import UnsupportedError
+from nvfp4_megamoe.moe.geometry import MoEGeometry
+
+GOOD = MoEGeometry(8, 8, 3, 64, 48, 10.0)
+BAD = MoEGeometry(8, 8, 3, 72, 48, 10.0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+class Other:
+    """A backend for everything on a GPU."""
+
+    name = "other"
+    precisions = ("w4a8",)
+
+    def __init__(self, geometry, precision=None):
+        self.precision = precision or "w4a8"
+
+    @classmethod
+    def unsupported_reason(cls, geometry, device):
+        return None if device.type == "cuda" else "it wants a GPU"
+
+
+@pytest.fixture
+def two_backends(monkeypatch):
+    module = types.ModuleType("other_backend")
+    module.Other = Other
+    monkeypatch.setitem(sys.modules, "other_backend", module)
+    monkeypatch.setattr(select, "BACKENDS", {"other": "other_backend:Other", **select.BACKENDS})
+
+
+def test_cpu():
+    backend = select.select(GOOD, CPU)
+    assert (type(backend), backend.precision) == (CpuBackend, "w4a16")
+    assert select.select(GOOD, CPU, "w4a4", name="cpu").precision == "w4a4"
+    assert select.unsupported_reason(GOOD, CPU) is None
+
+
+def test_first_that_supports_the_layer(two_backends):
+    assert isinstance(select.select(GOOD, CPU), CpuBackend)
+    assert isinstance(select.select(BAD, GPU), Other)
+    assert isinstance(select.select(GOOD, CPU, "w4a4"), CpuBackend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reasons"),
+    [
+        ((BAD, CPU), ["other: it wants a GPU", "cpu: hidden must be a multiple of 16"]),
+        ((GOOD, GPU, "w4a16"), ["other: precision 'w4a16' is not one of w4a8", "cpu: it computes on the CPU"]),
+    ],
+)
+def test_every_reason_is_named(two_backends, arguments, reasons):
+    with pytest.raises(UnsupportedError) as raised:
+        select.select(*arguments)
+    for reason in reasons:
+        assert reason in str(raised.value)
+    assert select.unsupported_reason(*arguments) == str(raised.value)
+
+
+def test_a_named_backend_is_the_only_one_considered(two_backends):
+    assert select.unsupported_reason(GOOD, CPU, name="other") is not None
+    with pytest.raises(UnsupportedError, match="wants a GPU"):
+        select.select(GOOD, CPU, name="other")
+    with pytest.raises(UnsupportedError, match="no backend 'sm42'; expected one of: other, cpu"):
+        select.select(GOOD, CPU, name="sm42")
