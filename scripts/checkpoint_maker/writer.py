@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint_maker import config, formats, tensors, tokenizer
+from checkpoint_maker import config, formats, shard, tensors, tokenizer
 from checkpoint_maker.formats import FORMATS, Matrix
 from checkpoint_maker.geometry import Geometry
 from checkpoint_maker.tensors import Plain, Planted
@@ -69,7 +68,7 @@ def plan(recipe: Recipe, shard_size: int) -> list[Shard]:
     specs: list[Plain | Matrix] = []
     size = 0
     for spec in recipe.inventory():
-        extra = sum(_bytes(dtype, shape) for dtype, shape in recipe.describe(spec).values())
+        extra = sum(shard.size_of(dtype, shape) for dtype, shape in recipe.describe(spec).values())
         if specs and size + extra > shard_size:
             shards.append(Shard(specs, size))
             specs, size = [], 0
@@ -79,7 +78,7 @@ def plan(recipe: Recipe, shard_size: int) -> list[Shard]:
 
 
 def write(recipe: Recipe, out: Path, shard_size: int = DEFAULT_SHARD_SIZE, force: bool = False) -> int:
-    """Write a checkpoint to the directory ``out``; memory is that of one shard.
+    """Write a checkpoint to the directory ``out``; memory is that of its largest tensor.
 
     It is written to ``<out>.partial`` and renamed when complete, so ``out`` is whole or absent.
 
@@ -96,7 +95,7 @@ def write(recipe: Recipe, out: Path, shard_size: int = DEFAULT_SHARD_SIZE, force
     if out.exists() and any(out.iterdir()) and not force:
         raise OutputError(f"{out} is not empty: choose another directory, or replace it with --force.")
     shards = plan(recipe, shard_size)
-    total = sum(shard.size for shard in shards)
+    total = sum(part.size for part in shards)
     with _partial(out) as partial:
         free = shutil.disk_usage(partial).free
         if free < total + _SPARE_BYTES:
@@ -109,21 +108,15 @@ def write(recipe: Recipe, out: Path, shard_size: int = DEFAULT_SHARD_SIZE, force
 
 
 def _write_shards(recipe: Recipe, shards: list[Shard], directory: Path) -> None:
-    umask = os.umask(0o022)
-    os.umask(umask)
     weight_map: dict[str, str] = {}
-    total = sum(shard.size for shard in shards)
+    total = sum(part.size for part in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checkpoint", disable=None) as bar:
-        for number, shard in enumerate(shards, start=1):
+        for number, part in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            held: dict[str, torch.Tensor] = {}
-            for spec in shard.specs:
-                built = recipe.build(spec)
-                held |= built
-                bar.update(sum(_bytes(t.dtype, t.shape) for t in built.values()))
-            save_file(held, directory / file, metadata={"format": "pt"})
-            (directory / file).chmod(0o666 & ~umask)  # safetensors lets only the owner read
-            weight_map |= dict.fromkeys(held, file)
+            described = {name: entry for spec in part.specs for name, entry in recipe.describe(spec).items()}
+            for written in shard.write(directory / file, described, map(recipe.build, part.specs)):
+                bar.update(written)
+            weight_map |= dict.fromkeys(described, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -154,7 +147,3 @@ def _replace(partial: Path, out: Path) -> None:
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-
-
-def _bytes(dtype: torch.dtype, shape: tuple[int, ...] | torch.Size) -> int:
-    return dtype.itemsize * torch.Size(shape).numel()
