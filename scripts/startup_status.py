@@ -34,6 +34,8 @@ def arguments() -> argparse.Namespace:
     limits = Limits()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     directory = os.environ.get("MEGA_MOE_STATUS_DIR", DEFAULT_DIRECTORY)
+    # The ranks do not report then; the server's health can be followed all the same.
+    directory = DEFAULT_DIRECTORY if directory == "0" else directory
     parser.add_argument("--dir", type=Path, default=directory, help="directory of the ranks' files (%(default)s)")
     parser.add_argument("--run-id", default=os.environ.get("MEGA_MOE_RUN_ID"), help="this run only (the newest)")
     parser.add_argument("--ranks", type=int, help="ranks on this host (what the ranks say)")

@@ -112,10 +112,10 @@ class Service:
     def log(self) -> str:
         return self._log.read_text()
 
-    def get(self, path: str, method: str = "GET") -> tuple[int, str]:
+    def get(self, path: str) -> tuple[int, str]:
         """Status and body of ``path``."""
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, method=method), timeout=10) as response:
+            with urllib.request.urlopen(self.url + path, timeout=10) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
