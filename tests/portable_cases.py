@@ -38,7 +38,7 @@ def slots(g: torch.Generator, count: int, total: int) -> torch.Tensor:
 
 
 def qnorm_insert(g: torch.Generator, tokens: int = 11, heads: int = 3, block: int = 4) -> dict:
-    slot = slots(g, tokens - 1, 5 * block)
+    slot = slots(g, tokens - 1, 5 * block - 1)  # the last stays free: there a -1 taken for a slot would write
     slot[2] = -1
     spread = torch.logspace(-4, 2, tokens).unsqueeze(1)
     return dict(
@@ -115,7 +115,7 @@ def inverse_rope(g: torch.Generator) -> dict:
 def save_states(g: torch.Generator, width: int = 1024, ratio: int = 4, block: int = 4) -> dict:
     tokens = 9
     both = torch.randn(tokens, 2 * width, generator=g)
-    slot = slots(g, tokens, 4 * block)
+    slot = slots(g, tokens, 4 * block - 1)
     slot[4] = -1
     pool = torch.full((4, block * 2 * width + 32), torch.nan)
     return dict(
@@ -136,10 +136,12 @@ def compress(g: torch.Generator, dim: int, ratio: int, tokens: int = 14) -> dict
     pool = torch.full((-(-rows // state_block), state_block * 2 * overlap * dim + 16), torch.nan)
     state = pool[:, : state_block * 2 * overlap * dim].unflatten(1, (state_block, 2 * overlap * dim))
     state.copy_(torch.randn(state.shape, generator=g))
+    for channel in range(0, 2 * overlap * dim // 2, dim):
+        state[..., channel : channel + 4] *= 3e-5  # subnormal codes
     first = ratio * 3 - 1
     gather = torch.stack([slots(g, window, rows) for _ in range(tokens)])
     gather[0, : window - 2] = -1
-    kv_slot = slots(g, tokens, (tokens // kv_block + 1) * kv_block)
+    kv_slot = slots(g, tokens, (tokens // kv_block + 1) * kv_block - 1)
     kv_slot[ratio % tokens] = -1
     row_bytes = 584 if dim == 512 else 132
     return dict(
@@ -201,7 +203,7 @@ def topk(g: torch.Generator, ties: bool, columns: int = 900) -> dict:
     if ties:
         scores = (scores * 2).round() / 2
     for row, length in enumerate(lengths.tolist()):
-        scores[row, length:] = torch.nan
+        scores[row, length:] = torch.nan if row % 2 else 1e9  # never to be read
     return dict(
         scores=scores,
         seq_lens=lengths,

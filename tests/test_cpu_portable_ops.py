@@ -59,6 +59,8 @@ def test_scale_exponents_at_and_around_powers_of_two():
     amax = torch.cat((amax, amax * (1 + 2**-8), amax * (1 - 2**-8), torch.tensor([0.0])))
     exponent = fp8.power_of_two_exponent(amax, 1e-4)
     assert exponent.tolist() == [ref.power_of_two(v, 1e-4) for v in amax.tolist()]
+    floor = float(torch.tensor(2.0**-10).nextafter(torch.tensor(1.0)))  # the least number above a power of two
+    assert fp8.power_of_two_exponent(torch.zeros(1), floor).tolist() == [-9]
     assert torch.equal(fp8.exponent_to_scale(exponent), torch.exp2(exponent.float()))
     assert torch.equal(fp8.decode_e8m0((exponent + 127).to(torch.uint8)), torch.exp2(exponent.float()))
 
