@@ -6,6 +6,7 @@ called with the caller's arguments. Tensor maps are therefore those that the ker
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import re
 import shutil
@@ -54,13 +55,20 @@ class HostObject:
         library = directory / f"lib{name}.so"
         command = [compiler, "-shared", "-fPIC", "-w", "-Wl,-Bsymbolic", "-o", library, directory / f"{name}.o", _STUB]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        self.program = parse(compiled.__ptx__)
+        self.ptx = compiled.__ptx__
+        self.program = parse(self.ptx)
         self.library = ctypes.CDLL(str(library))
         entry = re.search(rf"void (_mlir_{name}__mlir_ciface\w+)\(", (directory / f"{name}.h").read_text())
         if entry is None:
             raise ModelError(f"{name}.h declares no host entry")
         self.entry = getattr(self.library, entry[1])
         self._load(name)
+
+    def with_ptx(self, ptx: str) -> HostObject:
+        """The same host code with another device program of the same parameters."""
+        other = copy.copy(self)
+        other.ptx, other.program = ptx, parse(ptx)
+        return other
 
     def _load(self, name: str) -> None:
         """Call the object's own initialisation, which loads the device code into the stub."""

@@ -1,0 +1,174 @@
+"""The Backend for Blackwell (compute capability 10.0): checks, workspace and the sequence of launches."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from nvfp4_megamoe.backends.sm100 import driver, objects
+from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, IMAGE_K, SCALE_BYTES
+from nvfp4_megamoe.backends.sm100.plan import make_plan, max_tiles
+from nvfp4_megamoe.backends.sm100.weights import Parameters, arrange
+from nvfp4_megamoe.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from nvfp4_megamoe.moe.geometry import MoEGeometry
+    from nvfp4_megamoe.moe.weights import ExpertWeights
+
+ALIGN = 256
+# Tokens of one launch sequence; more are computed in chunks, which bounds the workspace.
+MAX_CHUNK = 8192
+B200_MULTIPROCESSORS = 148
+_NAMES = ("w13", "w13_scale", "w13_global", "w13_input_scale", "w2", "w2_scale", "w2_global", "w2_input_scale")
+
+
+def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | None:
+    """Why the kernels cannot compute this shape, or None."""
+    if hidden % IMAGE_K or intermediate % IMAGE_K:
+        return f"hidden {hidden} and intermediate {intermediate} must be multiples of {IMAGE_K}"
+    return None if num_experts > 0 else "there is no local expert"
+
+
+def tile_columns(slots: int, experts: int) -> int:
+    """Rows of weights a tile of GEMM 1, from shapes alone so that a CUDA graph is valid for any routing.
+
+    With few slots an expert the weights bound the time, and small tiles spread them evenly over the multiprocessors.
+    """
+    return 256 if slots >= 128 * experts else 128
+
+
+class Sm100Backend:
+    """W4A4 with native NVFP4 tensor core instructions. One instance serves one layer."""
+
+    name = "sm100"
+    precisions = ("w4a4",)
+
+    def __init__(
+        self, geometry: MoEGeometry, precision: str | None = None, launcher: driver.Launcher | None = None
+    ) -> None:
+        """``launcher`` replaces the CUDA driver, for execution on a model of the device."""
+        self.geometry, self.precision, self.launcher = geometry, precision or self.precisions[0], launcher
+        self.limit = math.inf if geometry.swiglu_limit is None else float(geometry.swiglu_limit)
+        self.blocks = B200_MULTIPROCESSORS
+        self.weights: ExpertWeights | None = None
+        self.parameters: Parameters | None = None
+
+    @classmethod
+    def unsupported_reason(cls, geometry: MoEGeometry, device: torch.device) -> str | None:
+        """See ``Backend.unsupported_reason``."""
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (10, 0):
+            return f"the sm100 backend needs a Blackwell GPU (compute capability 10.0), not {device}"
+        try:
+            objects.read()
+        except UnsupportedError as error:
+            return str(error)
+        return shape_problem(geometry.num_local_experts, geometry.hidden, geometry.intermediate)
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Cut ``weights`` into images in place. Extra memory: twice one expert's larger projection."""
+        problem = shape_problem(weights.num_experts, weights.hidden, weights.intermediate)
+        if problem:
+            raise UnsupportedError(problem)
+        device = weights.w13.device
+        for name in _NAMES:
+            tensor = getattr(weights, name)
+            if tensor.device != device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise UnsupportedError(f"{name} must be contiguous, aligned to 16 bytes and on {device}")
+        if self.launcher is None:
+            self.launcher = driver.launcher(device)
+            self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.parameters = arrange(weights)
+        self.weights = weights
+
+    def _parts(self, tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of every part of the workspace for ``tokens`` tokens."""
+        hidden, inter = self.geometry.hidden, self.geometry.intermediate
+        slots = tokens * self.geometry.top_k
+        # Until the scales are known, the larger of one quantized row a token and one a slot.
+        rows = tokens if self.parameters is not None and self.parameters.one_scale else slots
+        images = max_tiles(slots, self.geometry.num_local_experts) * (inter // IMAGE_K)
+        return {
+            "codes": (torch.uint8, (rows, hidden // 2)),
+            "scales": (torch.uint8, (rows, hidden // 16)),
+            "inter": (torch.uint8, (images, CODE_BYTES)),
+            "inter_scales": (torch.uint8, (images, SCALE_BYTES)),
+            "slot_rows": (torch.bfloat16, (slots, hidden)),
+        }
+
+    def workspace_bytes(self, max_tokens: int) -> int:
+        """See ``Backend.workspace_bytes``."""
+        parts = self._parts(min(max_tokens, MAX_CHUNK)).values()
+        return ALIGN + sum(-(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN for dtype, shape in parts)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: torch.Tensor | None,
+    ) -> None:
+        """See ``Backend.forward``. Nothing waits for the device; launch sizes depend on shapes alone."""
+        if self.weights is None:
+            raise RuntimeError("forward before prepare: the weights are not arranged")
+        self._check(x, topk_ids, topk_weights, expert_map, out, workspace)
+        for begin in range(0, len(x), MAX_CHUNK):
+            part = slice(begin, min(begin + MAX_CHUNK, len(x)))
+            self._chunk(x[part], topk_ids[part], topk_weights[part], expert_map, out[part], workspace)
+
+    def _chunk(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
+        w, p = self.weights, self.parameters
+        tokens, top_k = topk_ids.shape
+        hidden, inter = w.hidden, w.intermediate
+        views = self._carve(workspace, tokens)
+        plan = make_plan(topk_ids, expert_map, w.num_experts, p.one_scale)
+        launch = self.launcher.launch
+        launch(
+            "quantize_rows",
+            len(plan.source),
+            [x, plan.source, p.input_scales, views["codes"], views["scales"], hidden],
+        )
+        tile = tile_columns(tokens * top_k, w.num_experts)
+        first = [views["codes"], views["scales"], plan.a_row, w.w13, w.w13_scale, plan.tiles, plan.num_tiles, p.first]
+        first += [views["inter"], views["inter_scales"], plan.order, topk_weights, top_k, 2 * inter, hidden, self.limit]
+        launch(f"gemm1_n{tile}", self.blocks, first)
+        second = [views["inter"], views["inter_scales"], plan.a_row, w.w2, w.w2_scale, plan.tiles, plan.num_tiles]
+        second += [p.second, views["slot_rows"], views["scales"], plan.order, topk_weights, top_k, hidden, inter]
+        launch("gemm2_n128", self.blocks, [*second, self.limit])
+        launch("sum_slots", tokens, [views["slot_rows"], plan.here, out, top_k, hidden])
+
+    def _carve(self, workspace: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
+        """Parts of the workspace."""
+        at, views = -workspace.data_ptr() % ALIGN, {}
+        for name, (dtype, shape) in self._parts(tokens).items():
+            size = math.prod(shape) * dtype.itemsize
+            views[name] = workspace[at : at + size].view(dtype).view(shape)
+            at += -(-size // ALIGN) * ALIGN
+        return views
+
+    def _check(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
+        tokens, device = len(x), self.weights.w13.device
+        choices, ids = (tokens, self.geometry.top_k), (torch.int32, torch.int64)
+        for name, tensor, shape, dtypes in (
+            ("x", x, (tokens, self.weights.hidden), (torch.bfloat16,)),
+            ("out", out, (tokens, self.weights.hidden), (torch.bfloat16,)),
+            ("topk_ids", topk_ids, choices, ids),
+            ("topk_weights", topk_weights, choices, (torch.float32,)),
+            ("expert_map", expert_map, None, (torch.int32,)),
+            ("workspace", workspace, None, (torch.uint8,)),
+        ):
+            if tensor is None:
+                continue
+            if tensor.dtype not in dtypes or (shape is not None and tuple(tensor.shape) != shape):
+                raise UnsupportedError(f"{name}: expected {dtypes} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            if tensor.device != device:
+                raise UnsupportedError(f"{name} is on {tensor.device}, the weights are on {device}")
+            if not tensor.is_contiguous() or (name in ("x", "out") and tensor.data_ptr() % 16):
+                raise UnsupportedError(f"{name} must be contiguous and aligned to 16 bytes")
+        needed = self.workspace_bytes(tokens)
+        if tokens and (workspace is None or workspace.numel() < needed):
+            given = 0 if workspace is None else workspace.numel()
+            raise UnsupportedError(f"the workspace has {given} bytes, {needed} are needed for {tokens} tokens")

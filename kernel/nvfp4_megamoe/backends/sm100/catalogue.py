@@ -1,0 +1,61 @@
+"""The compiled kernels by name, and how each is compiled. Needs nvidia-cutlass-dsl, no GPU and no driver."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+
+from nvfp4_megamoe.backends.sm100.objects import KernelObject
+
+ARCH = "sm_100a"
+NAMES = ("quantize_rows", "gemm1_n128", "gemm1_n256", "gemm2_n128", "gemm2_n128_add", "sum_slots")
+# Arguments of the host entry: q address, i int32, f float32. The last int32 of each is a launch size alone.
+_ARGUMENTS = {"quantize_rows": "qqqqqii", "sum_slots": "qqqiii", "gemm": "qqqqqqqqqqqqiiifi"}
+
+
+def arguments(name: str) -> str:
+    """Argument kinds of a kernel's host entry."""
+    return _ARGUMENTS["gemm" if name.startswith("gemm") else name]
+
+
+def compile_kernel(name: str, options: str = "--keep-ptx --keep-cubin --opt-level 3"):
+    """Compile one kernel for sm_100a; shapes are run-time arguments, so one object serves every geometry.
+
+    Raises:
+        KeyError: no such kernel.
+    """
+    os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
+    os.environ.setdefault("CUTE_DSL_DUMP_DIR", tempfile.gettempdir())
+    from cutlass import Float32, Int32, Int64, cute
+    from cutlass.cute.runtime import make_fake_stream
+
+    kinds = {"q": Int64, "i": Int32, "f": Float32}
+    placeholders = [kinds[kind](1) for kind in arguments(name)]
+    return cute.compile(source(name), *placeholders, make_fake_stream(), options=options)
+
+
+def source(name: str):
+    """The kernel language's object of that name."""
+    from nvfp4_megamoe.backends.sm100.finalize import SumSlots
+    from nvfp4_megamoe.backends.sm100.gemm import GroupedGemm
+    from nvfp4_megamoe.backends.sm100.quantize import QuantizeRows
+
+    if match := re.fullmatch(r"gemm(?P<which>[12])_n(?P<tile>128|256)(?P<add>_add)?", name):
+        return GroupedGemm(first=match["which"] == "1", tile_n=int(match["tile"]), adds=bool(match["add"]))
+    return {"quantize_rows": QuantizeRows, "sum_slots": SumSlots}[name]()
+
+
+def stages(name: str) -> int:
+    """Pipeline stages of shared memory, 0 where there is no pipeline."""
+    return getattr(source(name), "stages", 0)
+
+
+def describe(name: str, ptx: str, registers: int) -> KernelObject:
+    """What a launch of the compiled kernel must say."""
+    kernel = source(name)
+    symbol = re.search(r"\.entry\s+([\w$]+)", ptx)[1]
+    parameters = re.findall(r"\.param\s+\.(u64|u32|f32|b32|b64)\s", ptx[: ptx.index("{")])
+    kinds = "".join({"u64": "q", "b64": "q", "f32": "f"}.get(kind, "i") for kind in parameters)
+    threads = int(re.search(r"\.reqntid\s+(\d+)", ptx)[1])
+    return KernelObject(name, symbol, threads, getattr(kernel, "shared_bytes", 0), 1, registers, kinds)

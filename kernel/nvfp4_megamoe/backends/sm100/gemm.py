@@ -1,0 +1,443 @@
+"""Grouped NVFP4 GEMM of one expert's slots with its weights, persistent over (expert, tile).
+
+A tile is 128 slots by ``tile_n`` rows of the expert's weights. K goes in steps of 256: a stage of shared memory holds
+the images of both operands and of their block scales (see ``layout``). Warps by role:
+
+- epilogue, four for each 128 columns of the accumulator: TMEM to registers to the result;
+- gather, four (GEMM 1 only): rows of the activations by slot, with cp.async, into the swizzle;
+- load, one: weights, and for GEMM 2 also activations, as contiguous bulk copies;
+- multiply, one: block scales to TMEM, four K = 64 multiplications a step.
+
+Every role finds the tiles by itself from the plan, in the same fixed order, so no scheduler warp is needed.
+"""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from nvfp4_megamoe.backends.sm100 import ptx
+from nvfp4_megamoe.backends.sm100.epilogues import swiglu_epilogue, weighted_epilogue
+from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, IMAGE_K, IMAGE_ROWS, SCALE_BYTES
+from nvfp4_megamoe.backends.sm100.tiles import Tile, tile_count
+
+WARP = 32
+GATHER_WARPS = 4
+# Groups of cp.async that a gather thread leaves under way while it issues the next.
+GATHER_LAG = 2
+SHARED_LIMIT = 232448
+TMEM_COLUMNS = 512
+_BLOCK_K = 64
+_STEPS = IMAGE_K // _BLOCK_K
+# Shared memory descriptors without the address, in 16-byte units: stride between groups of 8 rows, version 1, swizzle.
+_OPERAND = (2 << 61) | (1 << 46) | ((1024 >> 4) << 32) | (1 << 16)
+_SCALES = (1 << 46) | ((128 >> 4) << 32) | (1 << 16)
+STAGING_PITCH = 272
+
+
+def _signed(bits: int) -> int:
+    """The int64 of the same bits."""
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+class GroupedGemm:
+    """One compiled variant.
+
+    Args:
+        first: GEMM 1 (gather, SwiGLU, NVFP4 out) or GEMM 2 (weighted BF16 rows out).
+        tile_n: 128 or 256 rows of weights a tile.
+        adds: GEMM 2 adds its rows to the tokens' sums instead of storing one row for each slot.
+    """
+
+    def __init__(self, first: bool, tile_n: int, adds: bool = False) -> None:
+        self.first, self.tile_n, self.adds = first, tile_n, adds
+        self.images = tile_n // IMAGE_ROWS
+        self.accumulators = 2 if tile_n == 128 else 1
+        self.epilogue_warps = 4 * self.images
+        gather = GATHER_WARPS if first else 0
+        self.gather_warp = self.epilogue_warps
+        self.load_warp = self.epilogue_warps + gather
+        self.multiply_warp = self.load_warp + 1
+        self.threads = (self.multiply_warp + 1) * WARP
+        self.staging = 0 if first else self.epilogue_warps * WARP * STAGING_PITCH
+        self.stage_bytes = (1 + self.images) * (CODE_BYTES + SCALE_BYTES)
+        self.stages = (SHARED_LIMIT - 1024 - self.staging) // self.stage_bytes
+        self.barriers = self.stages * self.stage_bytes + self.staging
+        self.shared_bytes = self.barriers + 1024
+        # A, B: E2M1; scales UE4M3; dense K 64; M 128.
+        self.shape = (1 << 7) | (1 << 10) | ((tile_n >> 3) << 17) | (1 << 27)
+        self.scale_columns = self.accumulators * tile_n
+        assert self.scale_columns + 4 * _STEPS * (1 + self.images) <= TMEM_COLUMNS
+
+    # Shared memory of a stage: codes of A, codes of B, scales of A, scales of B.
+    def _codes_b(self, stage):
+        return stage + CODE_BYTES
+
+    def _scales_a(self, stage):
+        return stage + CODE_BYTES * (1 + self.images)
+
+    def _scales_b(self, stage):
+        return stage + CODE_BYTES * (1 + self.images) + SCALE_BYTES
+
+    @cute.jit
+    def __call__(
+        self,
+        a: Int64,
+        a_scale: Int64,
+        a_row: Int64,
+        b: Int64,
+        b_scale: Int64,
+        tiles: Int64,
+        num_tiles: Int64,
+        parameters: Int64,
+        out: Int64,
+        out_scale: Int64,
+        order: Int64,
+        weights: Int64,
+        top_k: Int32,
+        n: Int32,
+        k: Int32,
+        limit: Float32,
+        blocks: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Launch on ``blocks`` blocks.
+
+        Args:
+            a, a_scale: GEMM 1: row-major codes [rows, k / 2] and scales [rows, k / 16]; GEMM 2: images by tile.
+            a_row: GEMM 1: int32 [slots], row of ``a`` of each slot.
+            b, b_scale: images of every expert's [n, k] weights.
+            tiles: int32 [num_tiles, 8], see ``plan``. num_tiles: int32 [1].
+            parameters: float32 [E, 4]. GEMM 1: alpha of gate, alpha of up, reciprocal of the result's global scale,
+                reciprocal of that; GEMM 2: alpha.
+            out, out_scale: GEMM 1: images of the result by tile; GEMM 2: bfloat16 [T * top_k, n], or [T, n] to add to.
+            order: int32 [slots], flat index t * top_k + k of each slot. weights: float32 [T * top_k]. GEMM 2 only.
+            limit: clamp of SwiGLU, infinite for none.
+        """
+        self._kernel(
+            a,
+            a_scale,
+            a_row,
+            b,
+            b_scale,
+            tiles,
+            num_tiles,
+            parameters,
+            out,
+            out_scale,
+            order,
+            weights,
+            top_k,
+            n,
+            k,
+            limit,
+        ).launch(
+            grid=[blocks, 1, 1],
+            block=[self.threads, 1, 1],
+            smem=self.shared_bytes,
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def _kernel(
+        self,
+        a: Int64,
+        a_scale: Int64,
+        a_row: Int64,
+        b: Int64,
+        b_scale: Int64,
+        tiles: Int64,
+        num_tiles: Int64,
+        parameters: Int64,
+        out: Int64,
+        out_scale: Int64,
+        order: Int64,
+        weights: Int64,
+        top_k: Int32,
+        n: Int32,
+        k: Int32,
+        limit: Float32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(thread // WARP)
+        lane = thread % WARP
+        shared = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint())
+        full = shared + self.barriers
+        empty = full + 8 * self.stages
+        done = empty + 8 * self.stages
+        free = done + 8 * self.accumulators
+        tmem_at = free + 8 * self.accumulators
+        if warp == self.load_warp and lane == 0:
+            for stage in cutlass.range_constexpr(self.stages):
+                ptx.init_barrier(full + 8 * stage, 1 + (GATHER_WARPS if self.first else 0))
+                ptx.init_barrier(empty + 8 * stage, 1)
+            for i in cutlass.range_constexpr(self.accumulators):
+                ptx.init_barrier(done + 8 * i, 1)
+                ptx.init_barrier(free + 8 * i, self.epilogue_warps)
+            cute.arch.mbarrier_init_fence()
+        if warp == self.multiply_warp:
+            ptx.allocate_tmem(tmem_at, TMEM_COLUMNS, 1)
+        ptx.fence_before()
+        cute.arch.sync_threads()
+        ptx.fence_after()
+        tmem = ptx.load_shared_i32(tmem_at)
+        cute.arch.griddepcontrol_wait()
+        columns = n // self.tile_n
+        count = tile_count(num_tiles, columns)
+        steps = k // IMAGE_K
+        if warp == self.load_warp:
+            if lane == 0:
+                self._load(a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty)
+        elif warp == self.multiply_warp:
+            if lane == 0:
+                self._multiply(count, steps, shared, full, empty, done, free, tmem)
+        elif warp < self.epilogue_warps:
+            self._epilogue(
+                warp,
+                lane,
+                tiles,
+                columns,
+                count,
+                n,
+                parameters,
+                out,
+                out_scale,
+                order,
+                weights,
+                top_k,
+                limit,
+                shared + self.stages * self.stage_bytes,
+                done,
+                free,
+                tmem,
+            )
+        elif cutlass.const_expr(self.first):
+            self._gather(
+                thread - self.gather_warp * WARP,
+                lane,
+                a,
+                a_scale,
+                a_row,
+                tiles,
+                columns,
+                count,
+                k,
+                steps,
+                shared,
+                full,
+                empty,
+            )
+        cute.arch.griddepcontrol_launch_dependents()
+        ptx.fence_before()
+        cute.arch.sync_threads()
+        if warp == self.multiply_warp:
+            ptx.fence_after()
+            ptx.free_tmem(tmem, TMEM_COLUMNS, 1)
+
+    @cute.jit
+    def _load(self, a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty):
+        """One thread: weights, and GEMM 2's activations, as whole images."""
+        size = self.images * (CODE_BYTES + SCALE_BYTES)
+        if cutlass.const_expr(not self.first):
+            size += CODE_BYTES + SCALE_BYTES
+        stage, parity = Int32(0), Int32(1)
+        index, _, _ = cute.arch.block_idx()
+        while index < count:
+            tile = Tile.find(tiles, index, columns)
+            for step in range(steps):
+                ptx.wait(empty + 8 * stage, parity)
+                base, barrier = shared + stage * self.stage_bytes, full + 8 * stage
+                ptx.expect(barrier, size)
+                for image in cutlass.range_constexpr(self.images):
+                    row = tile.expert * (n // IMAGE_ROWS) + tile.column * self.images + image
+                    source = Int64(row) * steps + step
+                    codes, scales = self._codes_b(base) + image * CODE_BYTES, self._scales_b(base) + image * SCALE_BYTES
+                    ptx.bulk_load(codes, b + source * CODE_BYTES, CODE_BYTES, barrier)
+                    ptx.bulk_load(scales, b_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
+                if cutlass.const_expr(not self.first):
+                    source = Int64(tile.image) * steps + step
+                    ptx.bulk_load(base, a + source * CODE_BYTES, CODE_BYTES, barrier)
+                    ptx.bulk_load(self._scales_a(base), a_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    parity ^= 1
+            index += cute.arch.grid_dim()[0]
+
+    @cute.jit
+    def _gather(self, thread, lane, a, a_scale, a_row, tiles, columns, count, k, steps, shared, full, empty):
+        """Four warps: 16-byte chunks of the slots' rows into the swizzle, 4-byte groups of scales into the tiles.
+
+        A stage is announced ``GATHER_LAG`` stages later, when its copies are complete and fenced.
+        """
+        chunk, first_row = thread % 8, thread // 8
+        # Rows of one thread are 16 apart, so row % 8 and with it the swizzle are the same for all of them.
+        target = first_row * 128 + ((chunk ^ (first_row % 8)) * 16)
+        scale_target = (thread % 32) * 16 + (thread // 32) * 4
+        stage, parity, issued, behind = Int32(0), Int32(1), Int32(0), Int32(0)
+        index, _, _ = cute.arch.block_idx()
+        while index < count:
+            tile = Tile.find(tiles, index, columns)
+            rows, sizes = [], []
+            for i in cutlass.range_constexpr(8):
+                row, size = self._row(a_row, tile, first_row + 16 * i)
+                rows.append(a + Int64(row) * (k // 2) + chunk * 16)
+                sizes.append(size)
+            row, scale_size = self._row(a_row, tile, thread)
+            scale_source = a_scale + Int64(row) * (k // 16)
+            for step in range(steps):
+                ptx.wait(empty + 8 * stage, parity)
+                base = shared + stage * self.stage_bytes
+                for i in cutlass.range_constexpr(8):
+                    ptx.copy_16(base + target + 2048 * i, rows[i] + step * (IMAGE_K // 2), sizes[i])
+                scales = self._scales_a(base) + scale_target
+                for i in cutlass.range_constexpr(_STEPS):
+                    ptx.copy_4(scales + 512 * i, scale_source + step * (IMAGE_K // 16) + 4 * i, scale_size // 4)
+                ptx.commit_copies()
+                issued += 1
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    parity ^= 1
+                if issued > GATHER_LAG:
+                    ptx.wait_copies(GATHER_LAG)
+                    behind = self._announce(lane, full, behind)
+            index += cute.arch.grid_dim()[0]
+        for left in cutlass.range_constexpr(GATHER_LAG - 1, -1, -1):
+            if issued > left:
+                ptx.wait_copies(left)
+                behind = self._announce(lane, full, behind)
+
+    @cute.jit
+    def _row(self, a_row, tile, row):
+        """Row of ``a`` for a row of the tile, and 16; past the expert's slots the first row, and 0."""
+        source, size = Int32(0), Int32(0)
+        if row < tile.rows:
+            source = ptx.load_i32(a_row + Int64(tile.slot + row) * 4)
+            size = Int32(16)
+        return source, size
+
+    @cute.jit
+    def _announce(self, lane, full, stage):
+        """This warp's part of a stage is in shared memory: let the tensor core see it; returns the next stage."""
+        ptx.fence_async_shared()
+        cute.arch.sync_warp()
+        if lane == 0:
+            ptx.arrive(full + 8 * stage)
+        stage += 1
+        if stage == self.stages:
+            stage = Int32(0)
+        return stage
+
+    @cute.jit
+    def _multiply(self, count, steps, shared, full, empty, done, free, tmem):
+        """One thread: block scales to TMEM and the multiplications, in order."""
+        stage, parity, which, free_parity = Int32(0), Int32(0), Int32(0), Int32(1)
+        index, _, _ = cute.arch.block_idx()
+        while index < count:
+            ptx.wait(free + 8 * which, free_parity)
+            ptx.fence_after()
+            target = tmem + which * self.tile_n
+            for step in range(steps):
+                ptx.wait(full + 8 * stage, parity)
+                ptx.fence_after()
+                self._step(shared + stage * self.stage_bytes, target, tmem + self.scale_columns, step)
+                ptx.commit(empty + 8 * stage)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    parity ^= 1
+            ptx.commit(done + 8 * which)
+            which += 1
+            if which == self.accumulators:
+                which = Int32(0)
+                free_parity ^= 1
+            index += cute.arch.grid_dim()[0]
+
+    @cute.jit
+    def _step(self, base, target, scales, step):
+        """One stage: four times 64 of K."""
+        operand, scale = Int64(_signed(_OPERAND)), Int64(_SCALES)
+        at_a, at_b = Int64(base >> 4), Int64(self._codes_b(base) >> 4)
+        scale_a, scale_b = Int64(self._scales_a(base) >> 4), Int64(self._scales_b(base) >> 4)
+        for i in cutlass.range_constexpr(_STEPS):
+            columns_a = scales + 4 * i
+            columns_b = scales + 4 * _STEPS + 4 * self.images * i
+            ptx.copy_scales(columns_a, scale + scale_a + 32 * i, 1)
+            for image in cutlass.range_constexpr(self.images):
+                source = scale + scale_b + 32 * i + image * (SCALE_BYTES >> 4)
+                ptx.copy_scales(columns_b + 4 * image, source, 1)
+        for i in cutlass.range_constexpr(_STEPS):
+            columns_a = scales + 4 * i
+            columns_b = scales + 4 * _STEPS + 4 * self.images * i
+            add = Int32(1)
+            if cutlass.const_expr(i == 0):
+                add = step
+            ptx.multiply(
+                target, operand + at_a + 2 * i, operand + at_b + 2 * i, self.shape, columns_a, columns_b, add, 1
+            )
+
+    @cute.jit
+    def _epilogue(
+        self,
+        warp,
+        lane,
+        tiles,
+        columns,
+        count,
+        n,
+        parameters,
+        out,
+        out_scale,
+        order,
+        weights,
+        top_k,
+        limit,
+        staging,
+        done,
+        free,
+        tmem,
+    ):
+        """Four warps for each image of the accumulator: a thread has one slot's 128 columns."""
+        image, quarter = warp // 4, warp % 4
+        which, parity = Int32(0), Int32(0)
+        row = quarter * WARP + lane
+        index, _, _ = cute.arch.block_idx()
+        while index < count:
+            tile = Tile.find(tiles, index, columns)
+            ptx.wait(done + 8 * which, parity)
+            ptx.fence_after()
+            address = tmem + (quarter << 21) + which * self.tile_n + image * IMAGE_ROWS
+            column = tile.column * self.images + image
+            if cutlass.const_expr(self.first):
+                swiglu_epilogue(tile, row, column, address, parameters, limit, n, out, out_scale)
+            else:
+                weighted_epilogue(
+                    tile,
+                    row,
+                    column,
+                    address,
+                    parameters,
+                    n,
+                    out,
+                    order,
+                    weights,
+                    top_k,
+                    staging + (warp * WARP + lane) * STAGING_PITCH,
+                    self.adds,
+                )
+            ptx.fence_before()
+            cute.arch.sync_warp()
+            if lane == 0:
+                ptx.arrive(free + 8 * which)
+            which += 1
+            if which == self.accumulators:
+                which = Int32(0)
+                parity ^= 1
+            index += cute.arch.grid_dim()[0]
+        # Shared memory must outlive the stores that read it, and the next kernel reads what they write.
+        if cutlass.const_expr(not self.first):
+            ptx.wait_bulk()

@@ -1,0 +1,182 @@
+"""Random layers, batches and their kernels' launches for the tests of the SM100 backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from nvfp4_megamoe.backends.sm100 import layout
+from nvfp4_megamoe.backends.sm100.plan import Plan, make_plan, max_tiles
+from nvfp4_megamoe.backends.sm100.weights import Parameters, arrange
+from nvfp4_megamoe.moe.oracle import expert_stages
+from nvfp4_megamoe.moe.weights import ExpertWeights
+from nvfp4_megamoe.numerics import nvfp4
+
+from . import own_kernels
+from .machine import Machine
+from .testing import fresh_seed
+
+LIMIT = 2.0
+_UNUSED = torch.zeros(16, dtype=torch.uint8)
+
+
+@dataclass
+class Case:
+    """A layer, its arranged copy, a batch and its plan."""
+
+    weights: ExpertWeights
+    arranged: ExpertWeights
+    parameters: Parameters
+    plan: Plan
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    seed: int
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    def rows_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat indices of an expert's slots, in slot order, and their rows in the tiles' images."""
+        flat = (self.topk_ids.flatten() == expert).nonzero().flatten()
+        before = sum(-(-int((self.topk_ids == other).sum()) // 128) for other in range(expert))
+        return flat, before * 128 + torch.arange(len(flat))
+
+
+def random_weights(rng: torch.Generator, experts: int, hidden: int, inter: int, one_scale: bool) -> ExpertWeights:
+    """NVFP4 weights of every code, gate and up with different global scales, input scales by expert or equal."""
+    weights = ExpertWeights.empty(experts, hidden, inter)
+    for codes, scale in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
+        codes.copy_(torch.randint(0, 256, codes.shape, generator=rng, dtype=torch.uint8))
+        scale.copy_((torch.rand(scale.shape, generator=rng) + 0.3).to(torch.float8_e4m3fn))
+    weights.w13_global.copy_((torch.rand(experts, 2, generator=rng) + 0.5) / math.sqrt(hidden) / 3)
+    weights.w2_global.copy_((torch.rand(experts, generator=rng) + 0.5) / math.sqrt(inter) / 3)
+    weights.w13_input_scale.copy_(torch.rand(experts, 2, generator=rng) * 1e-3 + 1.5e-3)
+    if one_scale:
+        weights.w13_input_scale[:, 0] = weights.w13_input_scale.amax()
+    weights.w2_input_scale.copy_(torch.rand(experts, generator=rng) * 1e-3 + 1e-3)
+    return weights
+
+
+def random_ids(rng: torch.Generator, counts: list[int], top_k: int) -> torch.Tensor:
+    """int64 [T, K]: local expert e is chosen by counts[e] tokens, no token has it twice, -1 elsewhere."""
+    tokens = max(-(-sum(counts) // top_k) + 3, max(counts))
+    ids = torch.full((tokens, top_k), -1)
+    # The most wanted first, so that the tokens with free places left suffice.
+    for expert in sorted(range(len(counts)), key=lambda e: -counts[e]):
+        free = (ids < 0).sum(1) + torch.rand(tokens, generator=rng)
+        for token in free.argsort(descending=True)[: counts[expert]].tolist():
+            places = (ids[token] < 0).nonzero().flatten()
+            ids[token, places[torch.randint(len(places), (1,), generator=rng)]] = expert
+    return ids
+
+
+def make_case(counts: list[int], hidden: int, inter: int, one_scale: bool, top_k: int = 2) -> Case:
+    """A batch in which local expert e gets counts[e] slots; the other choices have no expert here."""
+    seed = fresh_seed()
+    rng = torch.Generator().manual_seed(seed)
+    ids = random_ids(rng, counts, top_k)
+    weights = random_weights(rng, len(counts), hidden, inter, one_scale)
+    arranged = ExpertWeights(**{name: value.clone() for name, value in vars(weights).items()})
+    parameters = arrange(arranged)
+    x = torch.randn(len(ids), hidden, generator=rng).bfloat16()
+    plan = make_plan(ids, None, len(counts), parameters.one_scale)
+    return Case(weights, arranged, parameters, plan, x, ids, torch.rand(ids.shape, generator=rng), seed)
+
+
+def quantize(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and row-major scales of the activations."""
+    rows, hidden = len(case.plan.source), case.x.shape[1]
+    codes, scale = torch.zeros(rows, hidden // 2, dtype=torch.uint8), torch.zeros(rows, hidden // 16, dtype=torch.uint8)
+    args = [case.x, case.plan.source, case.parameters.input_scales, codes, scale, hidden, rows]
+    own_kernels.execute("quantize_rows", args, seed=case.seed)
+    return codes, scale
+
+
+def gemm1(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, blocks: int, **options):
+    """Images of GEMM 1's codes and scales, and the machine that made them; ``options`` as in ``Machine``."""
+    steps, plan = case.weights.intermediate // 256, case.plan
+    images = max_tiles(case.topk_ids.numel(), case.weights.num_experts)
+    out = torch.full((images, steps, layout.CODE_BYTES), 0xA5, dtype=torch.uint8)
+    out_scale = torch.full((images, steps, layout.SCALE_BYTES), 0xA5, dtype=torch.uint8)
+    args = [codes, scale, plan.a_row, case.arranged.w13, case.arranged.w13_scale, plan.tiles, plan.num_tiles]
+    args += [case.parameters.first, out, out_scale, _UNUSED, _UNUSED, case.top_k, 2 * case.weights.intermediate]
+    args += [case.weights.hidden, LIMIT, blocks]
+    machine = own_kernels.execute(name, args, **({"seed": case.seed, "approximation_ulps": 2} | options))
+    return out, out_scale, machine
+
+
+def gemm2(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, blocks: int, **options) -> torch.Tensor:
+    """Weighted rows of GEMM 2: one for each slot, or summed by token for the adding variant."""
+    (tokens, hidden), plan = case.x.shape, case.plan
+    rows = tokens if name.endswith("add") else case.topk_ids.numel()
+    out = torch.zeros(rows, hidden, dtype=torch.bfloat16)
+    args = [codes, scale, _UNUSED, case.arranged.w2, case.arranged.w2_scale, plan.tiles, plan.num_tiles]
+    args += [case.parameters.second, out, _UNUSED, plan.order, case.topk_weights, case.top_k, hidden]
+    args += [case.weights.intermediate, LIMIT, blocks]
+    own_kernels.execute(name, args, **({"seed": case.seed} | options))
+    return out
+
+
+def sum_slots(case: Case, rows: torch.Tensor) -> torch.Tensor:
+    """The layer's output from the slots' rows."""
+    out = torch.full(case.x.shape, torch.nan, dtype=torch.bfloat16)
+    args = [rows, case.plan.here, out, case.top_k, case.x.shape[1], len(case.x)]
+    own_kernels.execute("sum_slots", args, seed=case.seed)
+    return out
+
+
+def stages_of(case: Case):
+    """(expert, flat indices, image rows, oracle's stages) of every expert with slots."""
+    for expert in range(case.weights.num_experts):
+        flat, rows = case.rows_of(expert)
+        if len(flat):
+            yield expert, flat, rows, expert_stages(case.weights, expert, case.x[flat // case.top_k], LIMIT, "w4a4")
+
+
+def codes_equal(case: Case, out: torch.Tensor, out_scale: torch.Tensor) -> float:
+    """Share of GEMM 1's codes that equal the oracle's, block scales counted with them."""
+    codes, scale = layout.codes_of(out.flatten(2)), layout.scales_of(out_scale.flatten(2))
+    same = total = 0
+    for expert, _, rows, stages in stages_of(case):
+        expected = nvfp4.quantize(stages.activated.float(), case.weights.w2_input_scale[expert])
+        pairs = [(codes[rows] & 15, expected.packed & 15), (codes[rows] >> 4, expected.packed >> 4)]
+        for got, right in (*pairs, (scale[rows], expected.block_scale.view(torch.uint8))):
+            same += int((got == right).sum())
+            total += got.numel()
+    return same / total
+
+
+def oracle_images(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """GEMM 2's input as the oracle has it, in images; zeros in rows without a slot."""
+    inter, images = case.weights.intermediate, max_tiles(case.topk_ids.numel(), case.weights.num_experts)
+    codes = torch.zeros(images * 128, inter // 2, dtype=torch.uint8)
+    scale = torch.zeros(images * 128, inter // 16, dtype=torch.uint8)
+    for expert, _, rows, stages in stages_of(case):
+        q = nvfp4.quantize(stages.activated.float(), case.weights.w2_input_scale[expert])
+        codes[rows], scale[rows] = q.packed, q.block_scale.view(torch.uint8)
+    return layout.code_images(codes), layout.scale_images(scale)
+
+
+def expected_output(case: Case) -> torch.Tensor:
+    """float64 [T, H]: the W4A4 oracle's layer."""
+    out = torch.zeros(case.x.shape, dtype=torch.float64)
+    for _, flat, _, stages in stages_of(case):
+        weighted = stages.out * case.topk_weights.flatten()[flat].double()[:, None]
+        out.index_add_(0, flat // case.top_k, weighted)
+    return out
+
+
+class ModelLauncher:
+    """Stands in for the CUDA driver: executes every launch on the model."""
+
+    def __init__(self, blocks: int, **options: object) -> None:
+        self.blocks, self.options, self.names = blocks, options, []
+
+    def launch(self, name: str, blocks: int, args: list) -> Machine:
+        """See ``driver.Launcher``; persistent kernels run on fewer blocks."""
+        self.names.append(name)
+        blocks = self.blocks if name.startswith("gemm") else blocks
+        return own_kernels.execute(name, [*args, blocks], **self.options)

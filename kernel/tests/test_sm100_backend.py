@@ -1,0 +1,180 @@
+"""Sm100Backend without a GPU: layouts, plan, errors, and the whole layer on the PTX model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from nvfp4_megamoe.backends.sm100 import backend, driver, layout, objects
+from nvfp4_megamoe.backends.sm100.backend import Sm100Backend
+from nvfp4_megamoe.backends.sm100.plan import make_plan, max_tiles
+from nvfp4_megamoe.errors import UnsupportedError
+from nvfp4_megamoe.moe.geometry import MoEGeometry
+from nvfp4_megamoe.moe.oracle import moe_oracle
+from nvfp4_megamoe.moe.routing import make_slots
+from nvfp4_megamoe.moe.weights import ExpertWeights
+from nvfp4_megamoe.numerics import metrics, scale_layout
+from ptx_model.layer_cases import ModelLauncher, random_weights
+from ptx_model.testing import needs_compiler
+
+GEOMETRY = MoEGeometry(num_experts=6, num_local_experts=3, top_k=2, hidden=256, intermediate=256, swiglu_limit=1.5)
+
+
+def prepared(rng, launcher=None, geometry: MoEGeometry = GEOMETRY, one_scale: bool = False):
+    weights = random_weights(rng, geometry.num_local_experts, geometry.hidden, geometry.intermediate, one_scale)
+    copy = ExpertWeights(**{name: value.clone() for name, value in vars(weights).items()})
+    made = Sm100Backend(geometry, launcher=launcher or ModelLauncher(2))
+    made.prepare(copy)
+    return made, weights
+
+
+def batch(rng, geometry: MoEGeometry, tokens: int):
+    x = torch.randn(tokens, geometry.hidden, generator=rng).bfloat16()
+    weight, ids = torch.rand(tokens, geometry.num_experts, generator=rng).topk(geometry.top_k)
+    expert_map = torch.full((geometry.num_experts,), -1, dtype=torch.int32)
+    chosen = torch.randperm(geometry.num_experts, generator=rng)[: geometry.num_local_experts]
+    expert_map[chosen] = torch.arange(geometry.num_local_experts, dtype=torch.int32)
+    return x, ids.to(torch.int32), weight, expert_map
+
+
+@needs_compiler
+@pytest.mark.parametrize("one_scale", [True, False])
+def test_layer_equals_the_oracle(rng, one_scale):
+    launcher = ModelLauncher(2, approximation_ulps=2)
+    made, weights = prepared(rng, launcher, one_scale=one_scale)
+    x, ids, weight, expert_map = batch(rng, GEOMETRY, 20)
+    ids[3] = -1
+    out = torch.full_like(x, torch.nan)
+    made.forward(x, ids, weight, expert_map, out, torch.zeros(made.workspace_bytes(20), dtype=torch.uint8))
+    expected = moe_oracle(weights, x, ids, weight, expert_map, GEOMETRY.swiglu_limit, "w4a4")
+    assert metrics.relative_l2(out, expected) <= 5e-3
+    assert not out[3].any()
+    assert launcher.names == ["quantize_rows", "gemm1_n128", "gemm2_n128", "sum_slots"]
+
+
+@pytest.mark.parametrize("rows", [128, 384])
+def test_images_are_invertible_and_follow_the_closed_forms(rng, rows):
+    packed = torch.randint(0, 256, (rows, 256), generator=rng, dtype=torch.uint8)
+    images = layout.code_images(packed)
+    assert torch.equal(layout.codes_of(images), packed)
+    r, byte = rows - 5, 200
+    chunk = byte % 128 // 16 ^ r % 8
+    assert images[r // 128, byte // 128, r % 128 * 128 + chunk * 16 + byte % 16] == packed[r, byte]
+    scale = torch.randint(0, 256, (rows, 32), generator=rng, dtype=torch.uint8)
+    images = layout.scale_images(scale)
+    assert torch.equal(layout.scales_of(images), scale)
+    assert torch.equal(images.flatten(), scale_layout.swizzle(scale).flatten())
+
+
+def test_gate_and_up_alternate_in_groups_of_64(rng):
+    rows = torch.arange(512)[:, None]
+    mixed = layout.interleave_gate_up(rows).flatten()
+    assert mixed[:64].tolist() == list(range(64))
+    assert mixed[64:128].tolist() == list(range(256, 320))
+    assert sorted(mixed.tolist()) == list(range(512))
+
+
+@pytest.mark.parametrize("shape", [(100, 256), (128, 250)])
+def test_shape_that_is_no_whole_image(shape):
+    with pytest.raises(UnsupportedError, match="multiples of 128 rows and 256 columns"):
+        layout.check_shape(*shape, "weights")
+
+
+@pytest.mark.parametrize("one_scale", [True, False])
+def test_plan_covers_every_slot_once(rng, one_scale):
+    tokens, top_k, experts = 700, 3, 5
+    ids = torch.rand(tokens, experts + 2, generator=rng).topk(top_k).indices
+    ids[ids >= experts] = -1
+    ids[ids == 2] = -1
+    plan = make_plan(ids, None, experts, one_scale)
+    slots = make_slots(ids, None, experts)
+    covered = torch.zeros(ids.numel(), dtype=torch.int64)
+    for index in range(int(plan.num_tiles)):
+        expert, first, count, _, begin, end, *_ = plan.tiles[index].tolist()
+        assert first <= index < first + count
+        low = begin + (index - first) * 128
+        covered[low : min(low + 128, end)] += 1
+        for slot in range(low, min(low + 128, end)):
+            flat = int(plan.order[slot])
+            token, source_expert = plan.source[plan.a_row[slot]].tolist()
+            assert ids[flat // top_k, flat % top_k] == expert
+            assert token == flat // top_k
+            assert source_expert == (0 if one_scale else expert)
+    used = int(slots.offsets[-1])
+    assert (covered[:used] == 1).all()
+    assert not covered[used:].any()
+    assert torch.equal(plan.here.bool(), (ids >= 0).flatten())
+
+
+@pytest.mark.parametrize("slots", [1, 3, 127, 128, 129, 5000])
+def test_max_tiles_suffices_for_any_routing(rng, slots):
+    for experts in (1, 2, 48):
+        for _ in range(20):
+            counts = torch.bincount(torch.randint(0, experts, (slots,), generator=rng), minlength=experts)
+            assert int((-(-counts // 128)).sum()) <= max_tiles(slots, experts)
+
+
+def test_prepare_needs_no_second_copy(rng):
+    made, _ = prepared(rng)
+    assert made.weights.w13.shape == (3, 512, 128)
+
+
+def test_workspace_is_enough_and_checked(rng):
+    made, _ = prepared(rng)
+    views = made._carve(torch.zeros(made.workspace_bytes(50), dtype=torch.uint8), 50)
+    assert views["slot_rows"].shape == (100, 256)
+    x, ids, weight, expert_map = batch(rng, GEOMETRY, 4)
+    with pytest.raises(UnsupportedError, match="the workspace has 10 bytes"):
+        made.forward(x, ids, weight, expert_map, torch.empty_like(x), torch.zeros(10, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        ("x", lambda t: t.float(), "x: expected"),
+        ("x", lambda t: t[:, :128], "x: expected"),
+        ("ids", lambda t: t.float(), "topk_ids: expected"),
+        ("weight", lambda t: t[:, :1], "topk_weights: expected"),
+        ("map", lambda t: t.long(), "expert_map: expected"),
+    ],
+)
+def test_wrong_arguments_are_named(rng, which, change, message):
+    made, _ = prepared(rng)
+    x, ids, weight, expert_map = batch(rng, GEOMETRY, 4)
+    args = {"x": x, "ids": ids, "weight": weight, "map": expert_map}
+    args[which] = change(args[which])
+    with pytest.raises(UnsupportedError, match=message):
+        made.forward(*args.values(), torch.empty_like(x), torch.zeros(made.workspace_bytes(4), dtype=torch.uint8))
+
+
+def test_unsupported_devices_and_shapes():
+    assert "Blackwell" in Sm100Backend.unsupported_reason(GEOMETRY, torch.device("cpu"))
+    assert "multiples of 256" in backend.shape_problem(4, 384, 256)
+    assert backend.shape_problem(48, 7168, 3072) is None
+    assert backend.shape_problem(32, 4096, 2048) is None
+    with pytest.raises(RuntimeError, match="before prepare"):
+        Sm100Backend(GEOMETRY).forward(*[None] * 6)
+
+
+def test_objects_that_were_not_built(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"python -m nvfp4_megamoe\.backends\.sm100\.build"):
+        objects.read(tmp_path)
+
+
+def test_manifest_round_trip_and_missing_file(tmp_path):
+    item = objects.KernelObject("k", "entry", 128, 0, 1, 32, "qif")
+    objects.write(tmp_path, [item], {"architecture": "sm_100a"})
+    with pytest.raises(UnsupportedError, match=r"k\.cubin"):
+        objects.read(tmp_path)
+    (tmp_path / "k.cubin").write_bytes(b"")
+    assert objects.read(tmp_path) == {"k": item}
+
+
+def test_argument_kinds_are_checked():
+    item = objects.KernelObject("k", "entry", 128, 0, 1, 32, "qif")
+    tensor = torch.zeros(4)
+    values = driver.argument_values(item, [tensor, 3, math.inf])
+    assert [value.value for value in values] == [tensor.data_ptr(), 3, math.inf]
+    with pytest.raises(TypeError, match="takes arguments qif, got qii"):
+        driver.argument_values(item, [tensor, 3, 4])
