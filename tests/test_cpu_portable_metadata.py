@@ -62,7 +62,7 @@ def test_window_indices(part: str, image: bool):
     valid = torch.ones(batch.tokens, dtype=torch.bool)
     valid[[1, 12]] = False
     left, right = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.int32)
-    left[9], right[9] = 10, 1
+    left[6], right[6] = 10, 1  # deep in its context, so that the window does widen
     replay = torch.tensor([0, 0, 0, 0, 0, 2], dtype=torch.int32)
     indices = torch.full((rows, 1, width), 99, dtype=torch.int32)
     lens = torch.full((rows,), 99, dtype=torch.int32)
@@ -91,7 +91,7 @@ def test_prefill_gather_lens():
     assert out.tolist() == [*expected, -5, -5]
 
 
-@pytest.mark.parametrize("world,interleave", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("world,interleave", [(1, 1), (2, 8)])
 def test_compressed_slots(world: int, interleave: int):
     batch, ratio, block = Batch(), 4, 2
     slots = torch.arange(100)
@@ -130,7 +130,7 @@ def test_uniform_decode():
 
 
 @pytest.mark.parametrize("part", [slice(0, 28), slice(3, 17)])
-@pytest.mark.parametrize("rank,world", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("rank,world", [(0, 1), (0, 2), (1, 2)])
 def test_prefill_chunk(part: slice, rank: int, world: int):
     query, seq_lens = torch.tensor([5, 0, 23]), torch.tensor([45, 9, 26], dtype=torch.int32)
     start = torch.cat((torch.zeros(1), query.cumsum(0))).int()
