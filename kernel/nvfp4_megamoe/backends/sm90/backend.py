@@ -20,7 +20,7 @@ BLOCK_K = 128
 MAX_EXPERTS = 512
 MAX_CHUNK = 8192  # tokens a launch sequence; more are computed in chunks, which bounds the workspace
 MAX_WARPGROUPS = 4
-VARIANTS = (8, 16, 32, 48, 64, 96, 128)  # slots a tile, as compiled in csrc/api.cu
+VARIANTS = (8, 16, 24, 32, 48, 80, 96, 128)  # slots a tile, as compiled in csrc/api.cu
 
 
 def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | None:
@@ -89,16 +89,22 @@ class Sm90Backend:
         self.num_experts, self.hidden, self.intermediate = experts, hidden, intermediate
         self.partial_bytes = lib.nvfp4_sm90_partial_bytes(self.grid)
 
+    def _capacity(self, slots: int) -> int:
+        """Rows of the arrays by slot: every expert's first slot is a multiple of 8."""
+        return -(-(slots + 7 * min(self.num_experts, slots)) // 8) * 8
+
     def _regions(self, slots: int) -> tuple[dict[str, int], int]:
         """Byte offsets of the workspace's parts for ``slots`` (token, k) pairs, and its size."""
+        capacity = self._capacity(slots)
         sizes = {
-            "order": 4 * slots,
+            "order": 4 * capacity,
             "inverse": 4 * slots,
-            "offsets": 4 * (self.num_experts + 1),
+            "offsets": 4 * self.num_experts,
+            "counts": 4 * self.num_experts,
             "flags": 4 * 2 * MAX_WARPGROUPS * self.grid,
             "partial": self.partial_bytes,
-            "intermediate": 2 * slots * self.intermediate,
-            "slot_out": 2 * slots * self.hidden,
+            "intermediate": 2 * capacity * self.intermediate,
+            "slot_out": 2 * capacity * self.hidden,
         }
         offsets, at = {}, 0
         for name, size in sizes.items():
@@ -158,6 +164,7 @@ class Sm90Backend:
                 intermediate_size=self.intermediate,
                 variant=variant or choose_variant(count, top_k, experts),
                 grid=self.grid,
+                capacity=self._capacity(count * top_k),
                 num_flags=2 * MAX_WARPGROUPS * self.grid,
                 limit=self.limit,
             )

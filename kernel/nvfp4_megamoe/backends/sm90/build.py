@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "csrc"
 LIBRARY = HERE / "libnvfp4_sm90.so"
 ARCHITECTURE = "arch=compute_90a,code=sm_90a"
-WIDTHS = (8, 16, 32, 48, 64, 80, 96, 128)
+WIDTHS = tuple(range(8, 161, 8))
 
 
 class BuildError(RuntimeError):
@@ -40,9 +40,10 @@ def wgmma_header(widths: tuple[int, ...] = WIDTHS) -> str:
         count = n // 2
         regs = ", ".join(f"%{i}" for i in range(count))
         outs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-        args = f"float (&d)[{count}], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b"
+        args = "float (&d)[M], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b"
         lines += [
             f"template <> struct Wgmma<{n}> {{",
+            "    template <int M>",
             f"    static __device__ __forceinline__ void rs({args}) {{",
             f'        asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{regs}}}, '
             f'{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"',

@@ -17,9 +17,9 @@ class ForwardArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "ids", "topk_weights", "expert_map", "out")),
         *((name, ctypes.c_void_p) for name in ("w13", "w13_scale", "w2", "w2_scale", "w13_global", "w2_global")),
-        *((name, ctypes.c_void_p) for name in ("order", "inverse", "offsets", "flags", "partial", "intermediate", "slot_out")),
+        *((name, ctypes.c_void_p) for name in ("order", "inverse", "offsets", "counts", "flags", "partial", "intermediate", "slot_out")),
         *((name, ctypes.c_int) for name in ("tokens", "topk", "ids_64", "map_size", "num_experts", "hidden")),
-        *((name, ctypes.c_int) for name in ("intermediate_size", "variant", "grid", "num_flags")),
+        *((name, ctypes.c_int) for name in ("intermediate_size", "variant", "grid", "num_flags", "capacity")),
         ("limit", ctypes.c_float),
     ]
 

@@ -36,11 +36,14 @@ cudaError_t launch_variant(int variant, const GemmParams& p, int grid, cudaStrea
     switch (variant) {
         case 8: return launch_gemm<PHASE, 4, 8, 8, 8>(p, grid, stream);
         case 16: return launch_gemm<PHASE, 4, 16, 16, 8>(p, grid, stream);
+        case 24: return launch_gemm<PHASE, 4, 24, 24, 8>(p, grid, stream);
         case 32: return launch_gemm<PHASE, 4, 32, 32, 8>(p, grid, stream);
-        case 48: return launch_gemm<PHASE, 4, 48, 48, 8>(p, grid, stream);
-        case 64: return launch_gemm<PHASE, 2, 64, 48, 16>(p, grid, stream);
-        case 96: return launch_gemm<PHASE, 2, 96, 80, 16>(p, grid, stream);
+        case 48: return launch_gemm<PHASE, 2, 48, 32, 8>(p, grid, stream);
+        case 80: return launch_gemm<PHASE, 2, 80, 56, 8>(p, grid, stream);
+        case 96: return launch_gemm<PHASE, 2, 96, 64, 8>(p, grid, stream);
         case 128: return launch_gemm<PHASE, 2, 128, 64, 32>(p, grid, stream);
+        case 196: return launch_gemm<PHASE, 3, 96, 96, 8>(p, grid, stream);
+        case 136: return launch_gemm<PHASE, 2, 136, 120, 8>(p, grid, stream);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -57,30 +60,38 @@ struct Nvfp4Sm90Forward {
     void* out;                    // bf16 [T, H]
     const uint8_t *w13, *w13_scale, *w2, *w2_scale;   // packed
     const float *w13_global, *w2_global;
-    int *order, *inverse, *offsets, *flags;
+    int *order, *inverse, *offsets, *counts, *flags;
     float* partial;
-    void *intermediate, *slot_out;
-    int tokens, topk, ids_64, map_size, num_experts, hidden, intermediate_size, variant, grid, num_flags;
+    void *intermediate, *slot_out;   // tiled by slot; [capacity, H], which holds x tiled by slot until the first projection is done
+    int tokens, topk, ids_64, map_size, num_experts, hidden, intermediate_size, variant, grid, num_flags, capacity;
     float limit;
 };
 
 // Bytes of the partial sums that any variant may need for `grid` CTAs.
-size_t nvfp4_sm90_partial_bytes(int grid) { return size_t(grid) * 256 * 128 * sizeof(float); }
+size_t nvfp4_sm90_partial_bytes(int grid) { return size_t(grid) * 384 * 96 * sizeof(float); }
 
 int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     using namespace sm90;
     cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-    RouteParams route = {a->ids, a->expert_map, a->order, a->inverse, a->offsets, a->flags, a->tokens * a->topk, a->map_size, a->num_experts, a->num_flags};
+    RouteParams route = {a->ids, a->expert_map, a->order, a->inverse, a->offsets, a->counts, a->flags, a->tokens * a->topk, a->map_size, a->num_experts, a->num_flags};
     cudaError_t error = launch(a->ids_64 ? route_kernel<long long> : route_kernel<int>, dim3(a->num_experts), kRouteThreads, 0, stream, false, route);
     if (error != cudaSuccess) return error;
+    const bool tiled = a->variant > 32;
+    if (tiled) {
+        PermuteParams permute = {static_cast<const __nv_bfloat16*>(a->x), a->inverse, static_cast<__nv_bfloat16*>(a->slot_out), a->topk, a->hidden, a->capacity};
+        error = launch(permute_kernel, dim3(a->tokens), kPermuteThreads, 0, stream, true, permute);
+        if (error != cudaSuccess) return error;
+    }
     GemmParams g = {};
+    g.counts = a->counts;
+    g.capacity = a->capacity;
     g.order = a->order;
     g.offsets = a->offsets;
     g.partial = a->partial;
     g.num_experts = a->num_experts;
     g.topk = a->topk;
     g.limit = a->limit;
-    g.act = static_cast<const __nv_bfloat16*>(a->x);
+    g.act = static_cast<const __nv_bfloat16*>(tiled ? a->slot_out : a->x);
     g.values = a->w13;
     g.scales = a->w13_scale;
     g.alpha = a->w13_global;

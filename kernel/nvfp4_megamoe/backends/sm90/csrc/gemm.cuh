@@ -14,18 +14,25 @@ namespace sm90 {
 enum Phase { kGateUp = 0, kDown = 1 };
 
 struct GemmParams {
-    const __nv_bfloat16* act;   // kGateUp: [T, K] tokens; kDown: [slots, K]
-    const int* order;           // [slots] flat index t * topk + k
-    const int* offsets;         // [E + 1]
+    const __nv_bfloat16* act;   // gather: [T, K] tokens; else tiled by slot, see slot_chunk
+    const int* order;           // [capacity] flat index t * topk + k of a slot
+    const int* offsets;         // [E + 1] first slot of every expert, a multiple of 8
+    const int* counts;          // [E]
     const uint8_t* values;      // [E, units, kblocks, kUnitValueBytes]
     const uint8_t* scales;      // [E, units, kblocks, kUnitScaleBytes]
     const float* alpha;         // kGateUp: [E, 2]; kDown: [E]
-    __nv_bfloat16* out;         // [slots, out_stride]
+    __nv_bfloat16* out;         // kGateUp: tiled by slot; kDown: [capacity, out_stride]
     float* partial;             // [grid, NWG, 128 threads * NMAX]
     int* flags;                 // [grid, NWG], zero at launch
-    int num_experts, kblocks, units, topk, out_stride;
+    int num_experts, kblocks, units, topk, out_stride, capacity;
     float limit;
 };
+
+// Byte offset of 16-byte chunk `chunk` of a slot's row in activations tiled by slot, [K / 64][capacity][128 bytes], already swizzled
+// as wgmma reads them: the rows of a tile, which begins at a multiple of 8, are one contiguous copy for every 64 columns.
+__device__ __forceinline__ size_t slot_chunk(int capacity, int slot, int chunk) {
+    return (size_t(chunk >> 3) * capacity + slot) * 128 + (((chunk & 7) ^ (slot & 7)) * 16);
+}
 
 template <int NWG, int NMAX>
 struct SmemPlan {
@@ -45,7 +52,16 @@ template <int PHASE, int NWG, int NMAX, int NMIN, int STEP>
 struct Gemm {
     using Plan = SmemPlan<NWG, NMAX>;
     static constexpr int S = Plan::kStages;
-    static constexpr bool kNarrow = NMAX > 32;   // one 64-row tile per wgmma group: half the fragment registers
+    static constexpr bool kGather = PHASE == kGateUp && NMAX <= 32;   // few slots: gathering rows here is cheaper than another kernel
+    // Stages whose copies are in flight when an earlier one is published. A consumer keeps two stages, so at most S - 2.
+    static constexpr int kLag = S > 4 ? 2 : 1;
+    static constexpr int kProducerRegisters = 56;
+    static constexpr int kConsumerRegisters = NWG == 2 ? 224 : NWG == 3 ? 152 : 104;   // the sum is what the launch gives the CTA
+    static_assert(S >= 3);
+#ifndef NARROW_ABOVE
+#define NARROW_ABOVE 32
+#endif
+    static constexpr bool kNarrow = NMAX > NARROW_ABOVE;   // one 64-row tile per wgmma group: half the fragment registers
 
     struct Shared {
         uint32_t stages, full, empty, staging;
@@ -63,31 +79,65 @@ struct Gemm {
     };
 
     // ---- producer ----
-    static __device__ __forceinline__ void produce(const GemmParams& p, const Shared& sh, const ScheduleTables& sched) {
-        constexpr int R = NMAX / 8;   // rows per thread
-        const int tid = threadIdx.x - NWG * 128;
-        const int chunk = tid & 15, row0 = tid >> 4;
+    static __device__ __forceinline__ void load_weights(const GemmParams& p, const Tile& t, int kb, uint32_t base, uint32_t full, uint64_t policy) {
+        const int unit0 = t.row_tile * NWG;
+        const size_t block = (size_t(t.expert) * p.units + unit0) * p.kblocks + kb;
+        const int units = min(NWG, p.units - unit0);
+        for (int u = 0; u < units; ++u) {
+            const size_t b = block + size_t(u) * p.kblocks;
+            bulk_load(base + u * kUnitValueBytes, p.values + b * kUnitValueBytes, kUnitValueBytes, full, policy);
+            bulk_load(base + Plan::kValues + u * kUnitScaleBytes, p.scales + b * kUnitScaleBytes, kUnitScaleBytes, full, policy);
+        }
+    }
+
+    // Activations tiled by slot: one thread does it all.
+    static __device__ __forceinline__ void produce_tiled(const GemmParams& p, const Shared& sh, const ScheduleTables& sched) {
+        if (threadIdx.x != NWG * 128) return;
         const uint64_t policy = NMAX > 64 ? policy_normal() : policy_evict_first();
-        const size_t unit_values = size_t(p.kblocks) * kUnitValueBytes, unit_scales = size_t(p.kblocks) * kUnitScaleBytes;
-        const uint32_t row_bytes = p.kblocks * kBlockK * 2;
+        const uint64_t keep = policy_evict_last();
+        const char* act = reinterpret_cast<const char*>(p.act);
         Ring ring;
         Cursor cursor;
         Tile t;
         bool first = true;
         while (cursor.next(sched, t)) {
-            const int unit0 = t.row_tile * NWG;
-            const int units = min(NWG, p.units - unit0);
-            const size_t unit_index = size_t(t.expert) * p.units + unit0;
-            const uint8_t* values = p.values + unit_index * unit_values + size_t(t.kb0) * kUnitValueBytes;
-            const uint8_t* scales = p.scales + unit_index * unit_scales + size_t(t.kb0) * kUnitScaleBytes;
+            const uint32_t act_bytes = (t.rows + 7) / 8 * 1024;
+            const uint32_t bytes = min(NWG, p.units - t.row_tile * NWG) * (kUnitValueBytes + kUnitScaleBytes) + 2 * act_bytes;
+            for (int kb = t.kb0; kb < t.kb1; ++kb) {
+                const uint32_t full = sh.full + ring.stage * 8;
+                mbar_wait(sh.empty + ring.stage * 8, ring.phase ^ 1);
+                const uint32_t base = sh.stages + ring.stage * Plan::kStage;
+                mbar_expect_tx(full, bytes);
+                load_weights(p, t, kb, base, full, policy);
+                if (first) {   // weights may be read before the previous kernel has written the activations
+                    grid_wait();
+                    first = false;
+                }
+                for (int half = 0; half < 2; ++half)
+                    bulk_load(base + Plan::kValues + Plan::kScales + half * Plan::kActHalf, act + slot_chunk(p.capacity, t.slot0, (2 * kb + half) * 8), act_bytes, full, keep);
+                ring.advance();
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void produce_gather(const GemmParams& p, const Shared& sh, const ScheduleTables& sched) {
+        constexpr int R = NMAX / 8;   // rows per thread
+        const int tid = threadIdx.x - NWG * 128;
+        const int chunk = tid & 15, row0 = tid >> 4;
+        const uint64_t policy = NMAX > 64 ? policy_normal() : policy_evict_first();
+        const uint32_t row_bytes = p.kblocks * kBlockK * 2;
+        Ring ring, done;
+        Cursor cursor;
+        Tile t;
+        int issued = 0;
+        while (cursor.next(sched, t)) {
+            const uint32_t weight_bytes = min(NWG, p.units - t.row_tile * NWG) * (kUnitValueBytes + kUnitScaleBytes);
             uint32_t offset[R];
 #pragma unroll
             for (int i = 0; i < R; ++i) {
                 const int r = row0 + 8 * i;
                 if (r < t.rows) {
-                    int row = t.slot0 + r;
-                    if (PHASE == kGateUp) row = p.order[row] / p.topk;
-                    offset[i] = uint32_t(row) * row_bytes + chunk * 16;
+                    offset[i] = uint32_t(p.order[t.slot0 + r] / p.topk) * row_bytes + chunk * 16;
                 }
             }
             const char* act = reinterpret_cast<const char*>(p.act) + size_t(t.kb0) * (kBlockK * 2);
@@ -97,26 +147,31 @@ struct Gemm {
                 mbar_wait(sh.empty + ring.stage * 8, ring.phase ^ 1);
                 const uint32_t base = sh.stages + ring.stage * Plan::kStage;
                 if (tid == 0) {
-                    mbar_expect_tx(full, units * (kUnitValueBytes + kUnitScaleBytes));
-                    for (int u = 0; u < units; ++u) {
-                        bulk_load(base + 2 * Plan::kActHalf * 0 + u * kUnitValueBytes, values + u * unit_values, kUnitValueBytes, full, policy);
-                        bulk_load(base + Plan::kValues + u * kUnitScaleBytes, scales + u * unit_scales, kUnitScaleBytes, full, policy);
-                    }
-                }
-                if (PHASE == kDown && first) {   // weights may be read before the previous kernel has written the activations
-                    grid_wait();
-                    first = false;
+                    mbar_expect_tx(full, weight_bytes);
+                    load_weights(p, t, kb, base, full, policy);
                 }
 #pragma unroll
                 for (int i = 0; i < R; ++i)
                     if (row0 + 8 * i < t.rows) cp_async16(base + dst0 + i * 1024, act + offset[i]);
-                cp_async_arrive(full);
-                values += kUnitValueBytes;
-                scales += kUnitScaleBytes;
+                cp_async_commit();
+                if (++issued > kLag) {
+                    cp_async_wait<kLag>();
+                    publish(sh, done);
+                }
                 act += kBlockK * 2;
                 ring.advance();
             }
         }
+        cp_async_wait<0>();
+        for (int i = min(issued, kLag); i > 0; --i) publish(sh, done);
+    }
+
+    // This thread's activations of the oldest unpublished stage have arrived: make them visible to wgmma and say so.
+    static __device__ __forceinline__ void publish(const Shared& sh, Ring& done) {
+        fence_proxy_async();
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbar_arrive(sh.full + done.stage * 8);
+        done.advance();
     }
 
     // ---- consumer ----
@@ -134,7 +189,6 @@ struct Gemm {
         uint32_t previous = 0;
         for (int kb = 0; kb < kblocks; ++kb) {
             mbar_wait(sh.full + ring.stage * 8, ring.phase);
-            fence_proxy_async();
             const uint32_t base = sh.stages + ring.stage * Plan::kStage;
             const uint32_t desc_lo = (uint32_t(1) << 16) | (((base + Plan::kValues + Plan::kScales) & 0x3FFFF) >> 4);
 #pragma unroll
@@ -266,8 +320,11 @@ struct Gemm {
                         const int slot = 8 * j + (lane >> 1);
                         if (slot < t.rows) {
                             const uint4 w = lds128(staging + lane * 16);
-                            const int column = (PHASE == kGateUp ? unit * 64 : unit * 128 + m * 64) + warp * 16 + (lane & 1) * 8;
-                            *reinterpret_cast<uint4*>(p.out + size_t(t.slot0 + slot) * p.out_stride + column) = w;
+                            const int at = t.slot0 + slot;
+                            char* out = reinterpret_cast<char*>(p.out);
+                            if (PHASE == kGateUp) out += slot_chunk(p.capacity, at, unit * 8 + warp * 2 + (lane & 1));
+                            else out += (size_t(at) * p.out_stride + unit * 128 + m * 64 + warp * 16 + (lane & 1) * 8) * 2;
+                            *reinterpret_cast<uint4*>(out) = w;
                         }
                     }
                 }
@@ -316,19 +373,18 @@ struct Gemm {
         const int E = p.num_experts;
         if (threadIdx.x == 0) {
             for (int s = 0; s < S; ++s) {
-                mbar_init(sh.full + s * 8, 128 + 1);
+                mbar_init(sh.full + s * 8, kGather ? 4 + 1 : 1);
                 mbar_init(sh.empty + s * 8, NWG * 4);
             }
             mbar_fence_init();
         }
-        if (PHASE == kGateUp) grid_wait();
+        if (kGather) grid_wait();
         if (threadIdx.x < 32) {   // offsets and slot tiles of every expert
             const int lane = threadIdx.x;
             int sum = 0;
             for (int e0 = 0; e0 < E; e0 += 32) {
                 const int e = e0 + lane;
-                const int begin = e <= E ? p.offsets[e] : 0;
-                const int count = e < E ? p.offsets[e + 1] - begin : 0;
+                const int count = e < E ? p.counts[e] : 0;
                 int incl = (count + NMAX - 1) / NMAX;
                 const int own = incl;
 #pragma unroll
@@ -337,13 +393,13 @@ struct Gemm {
                     if (lane >= d) incl += o;
                 }
                 if (e < E) {
-                    sched.offsets[e] = begin;
+                    sched.offsets[e] = p.offsets[e];
+                    sched.counts[e] = count;
                     sched.tiles_before[e] = sum + incl - own;
                 }
                 sum += __shfl_sync(~0u, incl, 31);
             }
             if (lane == 0) {
-                sched.offsets[E] = p.offsets[E];
                 sched.tiles_before[E] = sum;
                 sched.init(E, (p.units + NWG - 1) / NWG, p.kblocks, NMAX);
             }
@@ -351,10 +407,11 @@ struct Gemm {
         __syncthreads();
         grid_launch_dependents();
         if (threadIdx.x >= NWG * 128) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(56));
-            produce(p, sh, sched);
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+            if (kGather) produce_gather(p, sh, sched);
+            else produce_tiled(p, sh, sched);
         } else {
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NWG == 2 ? 224 : 104));
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
             consume(p, sh, sched);
         }
     }

@@ -23,30 +23,32 @@ constexpr int kBlockK = 128;
 constexpr int kUnitValueBytes = kUnitRows * kBlockK / 2;     // per k block
 constexpr int kUnitScaleBytes = kUnitRows * kBlockK / 16;
 
-__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
+// Two scale bytes (bits 0..7 and 16..23 of `bytes`) to two bf16.
+__device__ __forceinline__ __nv_bfloat162 expand_scales(uint32_t bytes) {
+    const uint32_t v = bytes * 16u + kScaleBase;
+    return *reinterpret_cast<const __nv_bfloat162*>(&v);
 }
-template <int BYTE>
-__device__ __forceinline__ uint32_t expand_scale(uint32_t word) {
-    return __byte_perm(word, 0, 0x4440 + BYTE) * 0x00100010u + kScaleBase;
+// The pair in `bits` times a scale of which both halves are the same half of a register: no instruction to duplicate it.
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t bits, __nv_bfloat162 scale) {
+    bits &= kPairMask;
+    const __nv_bfloat162 v = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&bits), scale);
+    return *reinterpret_cast<const uint32_t*>(&v);
 }
 __device__ __forceinline__ uint32_t rotr(uint32_t w, int n) { return __funnelshift_r(w, w, n); }
 
 // Two words and four scale bytes (k16 0: row, row + 8; k16 1: row, row + 8) to two operand-A fragments.
 __device__ __forceinline__ void decode_k32(uint32_t w0, uint32_t w1, uint32_t scales, uint32_t (&frag)[8]) {
-    const uint32_t s0 = expand_scale<0>(scales), s1 = expand_scale<1>(scales);
-    const uint32_t s2 = expand_scale<2>(scales), s3 = expand_scale<3>(scales);
+    const __nv_bfloat162 row = expand_scales(scales & 0x00FF00FFu), row8 = expand_scales(__byte_perm(scales, 0, 0x4341));
+    const __nv_bfloat162 s0 = __low2bfloat162(row), s1 = __low2bfloat162(row8), s2 = __high2bfloat162(row), s3 = __high2bfloat162(row8);
     const uint32_t z = (w0 & kSharedMask) | (w1 & ~kSharedMask);
-    frag[0] = mul_bf16x2((w0 << 6) & kPairMask, s0);
-    frag[1] = mul_bf16x2(w0 & kPairMask, s1);
-    frag[2] = mul_bf16x2(rotr(w0, 6) & kPairMask, s0);
-    frag[3] = mul_bf16x2((z << 2) & kPairMask, s1);
-    frag[4] = mul_bf16x2((w1 << 4) & kPairMask, s2);
-    frag[5] = mul_bf16x2(rotr(w1, 2) & kPairMask, s3);
-    frag[6] = mul_bf16x2(rotr(w1, 8) & kPairMask, s2);
-    frag[7] = mul_bf16x2(rotr(z, 4) & kPairMask, s3);
+    frag[0] = scaled_pair(w0 << 6, s0);
+    frag[1] = scaled_pair(w0, s1);
+    frag[2] = scaled_pair(rotr(w0, 6), s0);
+    frag[3] = scaled_pair(z << 2, s1);
+    frag[4] = scaled_pair(w1 << 4, s2);
+    frag[5] = scaled_pair(rotr(w1, 2), s3);
+    frag[6] = scaled_pair(rotr(w1, 8), s2);
+    frag[7] = scaled_pair(rotr(z, 4), s3);
 }
 
 }  // namespace sm90

@@ -1,7 +1,9 @@
-// Routing: the flat (token, k) indices of every local expert, stably sorted, and the sum over a token's slots.
+// Routing: a slot for every (token, k) pair of a local expert, stably sorted by expert, each expert's first slot a multiple of 8; the
+// activations tiled by slot; the sum over a token's slots.
 #pragma once
 #include <cuda_bf16.h>
 
+#include "gemm.cuh"
 #include "ptx.cuh"
 
 namespace sm90 {
@@ -9,48 +11,51 @@ namespace sm90 {
 constexpr int kRouteThreads = 512;
 
 struct RouteParams {
-    const void* ids;          // [slots] int32 or int64
+    const void* ids;          // [pairs] int32 or int64
     const int* expert_map;    // [map_size] global to local, or null: ids are local
-    int* order;               // [slots]
-    int* inverse;             // [slots] position in order, -1 where not local
-    int* offsets;             // [E + 1]
+    int* order;               // [capacity] pair of a slot; undefined between an expert's last slot and the next multiple of 8
+    int* inverse;             // [pairs] slot, -1 where not local
+    int* offsets;             // [E]
+    int* counts;              // [E]
     int* flags;
-    int slots, map_size, num_experts, num_flags;
+    int pairs, map_size, num_experts, num_flags;
 };
 
 // One CTA per local expert. Every CTA reads all ids: it counts those of smaller experts (where its slots begin) and its own.
 template <typename Id>
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p) {
     constexpr int kWarps = kRouteThreads / 32;
-    __shared__ int equal_of[kWarps], less_of[kWarps];
+    __shared__ int equal_of[kWarps], base;
+    __shared__ int histogram[kMaxExperts];   // pairs of the experts before this one
     grid_launch_dependents();
-    const int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int expert = blockIdx.x;
+    for (int e = threadIdx.x; e < expert; e += kRouteThreads) histogram[e] = 0;
+    if (threadIdx.x == 0) base = 0;
+    __syncthreads();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Id* ids = static_cast<const Id*>(p.ids);
-    const int segment = ((p.slots + kWarps - 1) / kWarps + 31) / 32 * 32;
-    const int begin = warp * segment, end = min(p.slots, begin + segment);
+    const int segment = ((p.pairs + kWarps - 1) / kWarps + 31) / 32 * 32;
+    const int begin = warp * segment, end = min(p.pairs, begin + segment);
     auto local = [&](int i) {
         const Id id = ids[i];
         if (p.expert_map == nullptr) return id >= 0 && id < p.num_experts ? int(id) : -1;
         const int l = id >= 0 && id < p.map_size ? p.expert_map[id] : -1;
         return l < p.num_experts ? l : -1;
     };
-    int equal = 0, less = 0;
+    int equal = 0;
     for (int i = begin + lane; i < end; i += 32) {
         const int l = local(i);
         equal += l == expert;
-        less += l >= 0 && l < expert;
+        if (l >= 0 && l < expert) atomicAdd(&histogram[l], 1);
         if (expert == 0 && l < 0) p.inverse[i] = -1;
     }
     equal = __reduce_add_sync(~0u, equal);
-    less = __reduce_add_sync(~0u, less);
-    if (lane == 0) {
-        equal_of[warp] = equal;
-        less_of[warp] = less;
-    }
+    if (lane == 0) equal_of[warp] = equal;
     __syncthreads();
-    int base = 0, total = 0, position = 0;
+    for (int e = threadIdx.x; e < expert; e += kRouteThreads) atomicAdd(&base, (histogram[e] + 7) / 8 * 8);
+    __syncthreads();
+    int total = 0, position = 0;
     for (int w = 0; w < kWarps; ++w) {
-        base += less_of[w];
         total += equal_of[w];
         position += w < warp ? equal_of[w] : 0;
     }
@@ -68,14 +73,37 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
     }
     if (threadIdx.x == 0) {
         p.offsets[expert] = base;
-        if (expert == p.num_experts - 1) p.offsets[p.num_experts] = base + total;
+        p.counts[expert] = total;
     }
     if (expert == 0)
         for (int i = threadIdx.x; i < p.num_flags; i += kRouteThreads) p.flags[i] = 0;
 }
 
+struct PermuteParams {
+    const __nv_bfloat16* x;   // [T, hidden]
+    const int* inverse;       // [T, topk]
+    __nv_bfloat16* out;       // tiled by slot
+    int topk, hidden, capacity;
+};
+
+constexpr int kPermuteThreads = 128;
+
+// Copies a token's row to each of its slots. Grid [T].
+__global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_constant__ PermuteParams p) {
+    grid_wait();
+    grid_launch_dependents();
+    const int token = blockIdx.x;
+    for (int chunk = threadIdx.x; chunk < p.hidden / 8; chunk += kPermuteThreads) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(p.x + size_t(token) * p.hidden) + chunk);
+        for (int k = 0; k < p.topk; ++k) {
+            const int at = p.inverse[token * p.topk + k];
+            if (at >= 0) *reinterpret_cast<uint4*>(reinterpret_cast<char*>(p.out) + slot_chunk(p.capacity, at, chunk)) = v;
+        }
+    }
+}
+
 struct ReduceParams {
-    const __nv_bfloat16* slot_out;   // [slots, hidden], by position
+    const __nv_bfloat16* slot_out;   // [capacity, hidden]
     const int* inverse;              // [T, topk]
     const float* weights;            // [T, topk]
     __nv_bfloat16* out;              // [T, hidden]

@@ -16,7 +16,7 @@ struct Tile {
 // What every warp needs to find its tiles, in shared memory; a warp keeps only a Cursor in registers.
 struct ScheduleTables {
     int tiles_before[kMaxExperts + 1];   // slot tiles of the experts before
-    int offsets[kMaxExperts + 1];
+    int offsets[kMaxExperts], counts[kMaxExperts];
     int row_tiles, kblocks, waves, base, items, nmax;
 
     __device__ __forceinline__ void init(int num_experts, int row_tiles_, int kblocks_, int nmax_) {
@@ -65,7 +65,7 @@ struct Cursor {
             const int first = s.tiles_before[expert];
             const int slot_tiles = s.tiles_before[expert + 1] - first;
             const int in_expert = tile - first * s.row_tiles;
-            const int begin = s.offsets[expert], count = s.offsets[expert + 1] - begin;
+            const int begin = s.offsets[expert], count = s.counts[expert];
             t.expert = expert;
             t.row_tile = in_expert / slot_tiles;
             const int n = in_expert - t.row_tile * slot_tiles;
