@@ -47,6 +47,13 @@ inline int64_t prefetch_distance(int64_t k) {
   return rows < 4 ? 4 : rows > 16 ? 16 : rows;
 }
 
+inline void prefetch_chunk(const PackedRows& row, int64_t chunk) {
+  constexpr int kScalesLine = 64 / kChunkScales;  // chunks a cache line of scales
+  _mm_prefetch(reinterpret_cast<const char*>(row.codes + chunk * kChunkBytes), _MM_HINT_T0);
+  if (chunk % kScalesLine == 0)
+    _mm_prefetch(reinterpret_cast<const char*>(row.scales + chunk * kChunkScales), _MM_HINT_T0);
+}
+
 // R rows times M tokens with the decoding in registers; the block scale multiplies a chunk's partial sum.
 template <int R, int M>
 inline void fused_rows(const PackedRows& w, int64_t ahead, const operand* const* x, float* c, int64_t ldc) {
@@ -57,13 +64,7 @@ inline void fused_rows(const PackedRows& w, int64_t ahead, const operand* const*
     vint codes[R];
     vfloat scale[R], part[R][M];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      constexpr int kScalesLine = 64 / kChunkScales;  // chunks a cache line of scales
-      const PackedRows next = w.at(r + ahead);
-      _mm_prefetch(reinterpret_cast<const char*>(next.codes + chunk * kChunkBytes), _MM_HINT_T0);
-      if (chunk % kScalesLine == 0)
-        _mm_prefetch(reinterpret_cast<const char*>(next.scales + chunk * kChunkScales), _MM_HINT_T0);
-    }
+    for (int r = 0; r < R; ++r) prefetch_chunk(w.at(r + ahead), chunk);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) codes[r] = load_chunk<decltype(partial)::value>(w, r, chunk, scale[r]);
 #pragma GCC unroll 8
@@ -131,6 +132,7 @@ inline void fused_block(const PackedRows& w, int64_t rows, int tokens, const ope
 
 constexpr int kGroup = 4;        // rows of one register tile
 constexpr int kScratchChunks = sizeof(operand) == 2 ? 16 : 8;  // chunks along K decoded at a time
+constexpr int kDecodeAhead = 8;  // rows from the one being decoded to the one being fetched
 constexpr int kScratchRows = 64;
 constexpr int64_t kScratchOperands = static_cast<int64_t>(kScratchRows) * kScratchChunks * kChunk;
 
@@ -142,6 +144,7 @@ inline void decode_block(const PackedRows& w, int64_t rows, int64_t begin, int64
   for (int64_t row = 0; row < rows; ++row) {
     operand* to = scratch + row / kRows * group_size + row % kRows * kOperandLanes;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
+      prefetch_chunk(w.at(row + kDecodeAhead), chunk);
       vfloat scale;
       const vint codes = chunk < whole ? load_chunk<false>(w, row, chunk, scale) : load_chunk<true>(w, row, chunk, scale);
 #pragma GCC unroll 8
