@@ -169,6 +169,7 @@ def test_killed_run_is_never_complete_and_does_not_block_the_next(tmp_path: Path
     assert mc.run(out, *SMALL).returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert len(mc.read(out)) > 100
+    assert [p.name for p in out.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
 
 
 def test_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,8 @@ class Geometry:
         return [head[i] if i < len(head) else tail[(i - len(head)) % 2] for i in range(self.layers)]
 
 
-# Flash and Pro are the published models with fewer layers and this project's small vocabulary: 43 and 61 layers, and
-# --vocab 129280, make them whole. Tiny exercises every kind of layer.
+# Flash and Pro are the published models with fewer layers and this project's small vocabulary: --layers 43 or 61 with
+# --hash-layers 3 and --vocab 129280 make them whole. Tiny exercises every kind of layer.
 PRESETS = {
     "tiny": Geometry(
         hidden=256,
