@@ -2,7 +2,7 @@
 
 Steps, run in order: load:TENSORS:SECONDS (each), prepare:LAYERS:SECONDS (each), sleep:SECONDS and spin:SECONDS (in the
 compile phase), child:SECONDS (a child spins), wait-spin:SECONDS (spins while waiting), read-file:PATH:SECONDS (reads it
-over and over), ready, fail:MESSAGE, stop. Then sleeps until it is killed.
+over and over), ready, fail:MESSAGE, told-to-end, stop. Then sleeps until it is killed.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def step(text: str) -> None:
             with progress.phase(progress.STOPPING, then=progress.STOPPED):
                 pass
             sys.exit(0)
+        case "told-to-end":
+            progress.announce_end(configuration(1))
         case _:
             raise ValueError(f"unknown step {text!r}")
 

@@ -308,10 +308,21 @@ def test_an_unusable_directory_is_warned_of(monkeypatch: pytest.MonkeyPatch, cap
     assert "start-up progress is not reported" in caplog.text and "MEGA_MOE_STATUS_DIR" in caplog.text
 
 
+def test_the_announcement_of_the_end_bears_the_runs_name(directory: Path) -> None:
+    progress.announce_end(configuration(1))
+    assert not directory.exists(), "without ranks there is nobody to tell"
+    progress.start(configuration(1), 0)
+    progress.announce_end(configuration(1))
+    assert (directory / "sim.ending").exists()
+    progress.start(configuration(1, run="next"), 0)
+    assert not (directory / "sim.ending").exists(), "a new run removes what a dead one left"
+
+
 def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEGA_MOE_STATUS_DIR", "0")
     monkeypatch.chdir(tmp_path)
     progress.start(configuration(1), 0)
+    progress.announce_end(configuration(1))
     weights, modules = iter([]), iter([])
     assert progress.read_weights(weights, []) is weights and progress.prepare_modules(modules) is modules
     with progress.phase(progress.MODEL, layers=3) as record:

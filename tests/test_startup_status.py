@@ -28,6 +28,9 @@ from tests.startup_cases import (
     state_is,
 )
 
+# isort: split
+from status import rank_files
+
 STALL_S = 1.5
 
 
@@ -197,6 +200,37 @@ def test_an_orderly_end_is_a_failure_only_before_readiness(directory: Path, step
         assert verdict.code == (503 if state == "stopped" else 500)
 
 
+def test_a_rank_that_dies_before_another_begins_is_dead_and_not_missing(directory: Path) -> None:
+    with Ranks(directory) as ranks:
+        first = ranks.start(0, 2, "load:3000:0.05")
+        ranks.wait_for_file(0)
+        first.kill()
+        first.wait()
+        ranks.start(1, 2, "load:3000:0.05")
+        watch = collector(directory)
+        assert "rank 0" in look_until(watch, state_is("failed")).verdict.reason
+
+
+def test_ranks_killed_by_a_server_that_was_told_to_end_have_not_crashed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --shutdown-timeout 0, its default, vLLM kills its workers at SIGTERM."""
+    monkeypatch.setattr(rank_files, "RESTART_S", 0.0)
+    with Ranks(directory) as ranks:
+        processes = [ranks.start(1, 2, "ready")]
+        ranks.wait_for_file(1)
+        processes.append(ranks.start(0, 2, "ready", "told-to-end"))
+        watch = collector(directory)
+        look_until(watch, state_is("stopped"))
+        for process in processes:
+            process.kill()
+            process.wait()
+        verdict = watch.look().verdict
+        assert (verdict.state, verdict.reason) == ("stopped", "the server is ending: 2 of 2 ranks have")
+        ranks.start(0, 2, "ready", run="sim")
+        assert look_until(watch, state_is("progressing")).verdict.reason == "1 of 2 ranks have reported: 1 missing"
+
+
 def test_missing_ranks_are_named(directory: Path) -> None:
     with Ranks(directory) as ranks:
         ranks.start(0, 4, "ready")
@@ -242,7 +276,8 @@ def test_a_run_that_dies_while_watched_is_a_failure_until_the_next(directory: Pa
         assert look_until(watch, state_is("ready")).ranks[0][0].run == "second"
 
 
-def test_a_runs_name_may_be_used_again(directory: Path) -> None:
+def test_a_runs_name_may_be_used_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_files, "RESTART_S", 0.0)
     with Ranks(directory) as ranks:
         first = [ranks.start(rank, 2, "load:3000:0.05") for rank in (0, 1)]
         watch = collector(directory)

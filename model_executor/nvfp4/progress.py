@@ -51,23 +51,27 @@ def start(vllm_config: VllmConfig, rank: int) -> None:
     """Begin to report for ``rank`` of this data-parallel replica; a directory that cannot be used is warned of."""
     global _reporter
     stop()
-    directory = os.environ.get("MEGA_MOE_STATUS_DIR", _DEFAULT_DIRECTORY)
-    if directory == "0":
+    if (directory := _directory()) is None:
         return
     parallel = vllm_config.parallel_config
     replica = parallel.world_size
-    # A data-parallel replica's instance id may carry the replica's number; the run is the same.
-    run = os.environ.get("MEGA_MOE_RUN_ID") or re.sub(r"_dp\d+$", "", vllm_config.instance_id) or "run"
     identity = {
         "ranks": parallel.data_parallel_size * replica,
         "ranks_here": max(1, parallel.data_parallel_size_local) * parallel.local_world_size,
     }
     try:
-        file = StatusFile(Path(directory), run, parallel.data_parallel_rank * replica + rank, identity)
+        file = StatusFile(directory, _run(vllm_config), parallel.data_parallel_rank * replica + rank, identity)
     except OSError as error:
         logger.warning("start-up progress is not reported: %s. Set MEGA_MOE_STATUS_DIR to a writable directory", error)
     else:
         _reporter = Reporter(file)
+
+
+def announce_end(vllm_config: VllmConfig) -> None:
+    """Say that the server ends by order: it may then kill its ranks, which is no crash."""
+    if (directory := _directory()) is not None:
+        with contextlib.suppress(OSError):
+            (directory / f"{_run(vllm_config)}.ending").touch()
 
 
 def stop() -> None:
@@ -101,6 +105,16 @@ def read_weights(
 def prepare_modules(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterable[tuple[str, torch.nn.Module]]:
     """Count a model's named modules while the consumer prepares their weights."""
     return modules if _reporter is None else _reporter.prepare_modules(modules)
+
+
+def _directory() -> Path | None:
+    directory = os.environ.get("MEGA_MOE_STATUS_DIR", _DEFAULT_DIRECTORY)
+    return None if directory == "0" else Path(directory)
+
+
+def _run(vllm_config: VllmConfig) -> str:
+    # A data-parallel replica's instance id may carry the replica's number; the run is the same.
+    return os.environ.get("MEGA_MOE_RUN_ID") or re.sub(r"_dp\d+$", "", vllm_config.instance_id) or "run"
 
 
 def _forget() -> None:

@@ -105,5 +105,6 @@ def _remove_dead(directory: Path, rank: int, keep: Path) -> None:
         with contextlib.suppress(OSError), open(lock_path, "r+") as lock_file:
             fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.with_suffix(".tmp").unlink(missing_ok=True)
+            path.with_name(f"{path.name.removesuffix(f'-rank{rank}.json')}.ending").unlink(missing_ok=True)
             path.unlink()
             lock_path.unlink()

@@ -56,13 +56,18 @@ def judge(
     expected: int | None,
     health: Health | None,
     limits: Limits,
+    ending: bool = False,
 ) -> Verdict:
-    """Judge at monotonic time ``now``; ``started`` is when the service began, ``expected`` the ranks of this host."""
+    """Judge at monotonic time ``now``.
+
+    ``started`` is when the service began, ``expected`` how many ranks this host should have, ``ending`` whether the
+    server was told to end.
+    """
     if not ranks:
         return _without_ranks(now, started, health, limits)
     return (
-        _failure([status for status, _ in ranks])
-        or _end([status for status, _ in ranks])
+        _failure([status for status, _ in ranks], ending)
+        or _end([status for status, _ in ranks], ending)
         or _freeze(now, ranks, limits)
         or _missing(now, ranks, expected, limits)
         or _stall(now, ranks, limits)
@@ -99,9 +104,10 @@ def _without_ranks(now: float, started: float, health: Health | None, limits: Li
     return Verdict(PROGRESSING, f"{reason}: the server is importing and configuring itself")
 
 
-def _failure(ranks: list[RankStatus]) -> Verdict | None:
+def _failure(ranks: list[RankStatus], ending: bool) -> Verdict | None:
     failed = [f"{name(status)} failed in {status.error}" for status in ranks if status.error]
-    dead = [status for status in ranks if not status.alive and not status.error]
+    # A server that was told to end kills its ranks unless it has been given time (--shutdown-timeout).
+    dead = [status for status in ranks if not status.alive and not status.error and not ending]
     # After a death the others are ended on purpose: the first cause is the one that did not say good-bye.
     died = [f"{name(status)} died in phase {status.phase}" for status in dead if status.phase not in ENDED]
     early = [f"{name(status)} ended before it was ready" for status in dead if not status.was_in(READY)]
@@ -109,9 +115,11 @@ def _failure(ranks: list[RankStatus]) -> Verdict | None:
     return Verdict(FAILED, "; ".join(reasons)) if reasons else None
 
 
-def _end(ranks: list[RankStatus]) -> Verdict | None:
-    ended = [status for status in ranks if status.phase in ENDED]
-    return Verdict(ENDED_STATE, f"the server is ending: {len(ended)} of {len(ranks)} ranks have") if ended else None
+def _end(ranks: list[RankStatus], ending: bool) -> Verdict | None:
+    ended = [status for status in ranks if status.phase in ENDED or not status.alive]
+    if not ended and not ending:
+        return None
+    return Verdict(ENDED_STATE, f"the server is ending: {len(ended)} of {len(ranks)} ranks have")
 
 
 def _freeze(now: float, ranks: list[tuple[RankStatus, Movement]], limits: Limits) -> Verdict | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+# Ranks of one start begin within seconds of each other, and beat every five; a server takes longer to start again.
+RESTART_S = 15.0
 UNITS = ("tensors", "layers", "bytes")
 
 # struct flock of Linux on 64-bit processors: type, whence, start, length, process
@@ -114,9 +116,9 @@ def lock_owner(path: Path) -> int | None:
 
 
 def _of_this_start(members: list[RankStatus]) -> list[RankStatus]:
-    """Leave out ranks that were dead and silent before the first living one began: a run's name may be used again."""
+    """Leave out ranks that were long silent before the first living one began: a run's name may be used again."""
     began = min((member.process_started for member in members if member.alive), default=float("-inf"))
-    return [member for member in members if member.alive or member.heartbeat >= began]
+    return [member for member in members if member.alive or member.heartbeat >= began - RESTART_S]
 
 
 class RankFiles:
@@ -132,9 +134,13 @@ class RankFiles:
         self._last_good: dict[Path, RankStatus] = {}
         self.problems: list[str] = []
         self.other_runs: list[str] = []
+        self.ending = False
 
     def read(self) -> list[RankStatus]:
-        """Return the ranks of the run, by rank; ``problems`` and ``other_runs`` say what was left out."""
+        """Return the ranks of the run, by rank; ``ending`` tells whether its server was told to end.
+
+        ``problems`` and ``other_runs`` say what was left out.
+        """
         self.problems = []
         found = {path: status for path in sorted(self.directory.glob("*-rank*.json")) if (status := self._one(path))}
         self._last_good = found
@@ -146,7 +152,15 @@ class RankFiles:
         chosen = max(eligible, key=lambda run: max(member.process_started for member in runs[run]), default=None)
         self.other_runs = sorted(run for run in runs if run != chosen)
         members = _of_this_start(runs[chosen]) if chosen is not None else []
+        self.ending = chosen is not None and self._is_ending(chosen, members)
         return sorted(members, key=lambda status: status.rank)
+
+    def _is_ending(self, run: str, members: list[RankStatus]) -> bool:
+        try:
+            announced = (self.directory / f"{run}.ending").stat().st_mtime
+        except OSError:
+            return False
+        return announced >= max(member.process_started for member in members)
 
     def _of_now(self, status: RankStatus) -> bool:
         return status.alive or status.heartbeat >= self._started
