@@ -91,10 +91,6 @@ def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return packed << 4 | packed >> 4
 
 
-def value_cast(scale: torch.Tensor) -> torch.Tensor:
-    return scale.view(torch.uint8).float().to(torch.float8_e4m3fn)
-
-
 def lose_block(scale: torch.Tensor) -> torch.Tensor:
     lost = scale.view(torch.uint8).clone()
     lost[:, :, 1] = 0
@@ -105,7 +101,7 @@ WEIGHT_FAULTS = {
     "gate alpha for up": lambda w: {"w13_global": w.w13_global[:, :1].expand(-1, 2).contiguous()},
     "swapped nibbles": lambda w: {"w13": swap_nibbles(w.w13)},
     "swapped nibbles of down": lambda w: {"w2": swap_nibbles(w.w2)},
-    "value-cast scales": lambda w: {"w13_scale": value_cast(w.w13_scale)},
+    "value-cast scales": lambda w: {"w13_scale": w.w13_scale.view(torch.uint8).float().to(torch.float8_e4m3fn)},
     "lost scale block": lambda w: {"w13_scale": lose_block(w.w13_scale)},
     "lost scale block of down": lambda w: {"w2_scale": lose_block(w.w2_scale)},
 }
