@@ -95,7 +95,7 @@ def test_prefill_gather_lens():
 def test_compressed_slots(world: int, interleave: int):
     batch, ratio, block = Batch(), 4, 2
     slots = torch.arange(100)
-    slots[7] = -1
+    slots[6] = -1  # ends a window
     out = torch.full((40,), -5, dtype=torch.int64)
     table = torch.where(batch.table == RUBBISH, 0, batch.table)
     table = torch.cat((table, torch.randint(0, 60, (6, 9), dtype=torch.int32)), dim=1)
