@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a DeepSeek-V4 checkpoint with random weights, from tiny to a true V4-Pro layer.
 
-    make_checkpoint.py tiny-nvfp4                                 27 MB, serves on a CPU
+    make_checkpoint.py tiny-nvfp4                                 41 MB, serves on a CPU
     make_checkpoint.py tiny-reference --dequantize                the same model as plain weights, for transformers
     make_checkpoint.py pro-layer --preset pro                     one layer of V4-Pro, 15 GB
 

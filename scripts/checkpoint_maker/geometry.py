@@ -55,7 +55,7 @@ class Geometry:
 PRESETS = {
     "tiny": Geometry(
         hidden=256,
-        intermediate=128,
+        intermediate=256,
         layers=4,
         experts_count=64,
         top_k=6,
