@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from .support import NAME, Server, post
+from .support import NAME, Server, post, prompt_tokens
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
-def complete(client: openai.OpenAI, prompt: str = "hello world", **options: object):
+def complete(client: openai.OpenAI, prompt: str | list[int] = "hello world", **options: object):
     arguments = {"model": NAME, "prompt": prompt, "max_tokens": 12, "temperature": 0, **options}
     return client.completions.create(**arguments)
 
@@ -85,6 +85,17 @@ def test_eight_requests_at_once(client: openai.OpenAI) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda p: complete(client, p, max_tokens=24, extra_body={"ignore_eos": True}), prompts))
     assert [answer.usage.completion_tokens for answer in answers] == [24] * 8
+
+
+def test_prompts_shorter_than_a_compressed_row_beside_a_long_context(client: openai.OpenAI) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        long = pool.submit(complete, client, prompt_tokens(2500), max_tokens=40, extra_body={"ignore_eos": True})
+        short = [
+            pool.submit(complete, client, [11, 12, 13][:count], max_tokens=4, extra_body={"ignore_eos": True})
+            for count in (1, 2, 3)
+        ]
+        assert [answer.result().usage.completion_tokens for answer in short] == [4] * 3
+        assert long.result().usage.completion_tokens == 40
 
 
 BAD_REQUESTS = {
