@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from nvfp4_megamoe.backends.sm100 import backend, driver, layout, objects
+from nvfp4_megamoe.backends.sm100 import backend, catalogue, driver, layout, objects
 from nvfp4_megamoe.backends.sm100.backend import Sm100Backend
 from nvfp4_megamoe.backends.sm100.plan import make_plan, max_tiles
 from nvfp4_megamoe.errors import UnsupportedError
@@ -91,8 +91,9 @@ def test_plan_covers_every_slot_once(rng, one_scale):
     slots = make_slots(ids, None, experts)
     covered = torch.zeros(ids.numel(), dtype=torch.int64)
     for index in range(int(plan.num_tiles)):
-        expert, first, count, _, begin, end, *_ = plan.tiles[index].tolist()
+        expert, first, count, image, begin, end, *_ = plan.tiles[index].tolist()
         assert first <= index < first + count
+        assert image == first
         low = begin + (index - first) * 128
         covered[low : min(low + 128, end)] += 1
         for slot in range(low, min(low + 128, end)):
@@ -101,6 +102,14 @@ def test_plan_covers_every_slot_once(rng, one_scale):
             assert ids[flat // top_k, flat % top_k] == expert
             assert token == flat // top_k
             assert source_expert == (0 if one_scale else expert)
+    images = []
+    for index in range(int(plan.num_pairs)):
+        expert, first, count, image, begin, end, *_ = plan.pairs[index].tolist()
+        assert (begin, end) == tuple(slots.offsets[expert : expert + 2].tolist())
+        assert count == -(-(end - begin) // 256)
+        halves = [2 * (index - first) + rank for rank in range(2)]
+        images += [image + half for half in halves if begin + half * 128 < end]
+    assert images == list(range(int(plan.num_tiles)))
     used = int(slots.offsets[-1])
     assert (covered[:used] == 1).all()
     assert not covered[used:].any()
@@ -113,6 +122,35 @@ def test_max_tiles_suffices_for_any_routing(rng, slots):
         for _ in range(20):
             counts = torch.bincount(torch.randint(0, experts, (slots,), generator=rng), minlength=experts)
             assert int((-(-counts // 128)).sum()) <= max_tiles(slots, experts)
+
+
+class Recorder:
+    """A launcher that executes nothing."""
+
+    def __init__(self):
+        self.calls = []
+
+    def launch(self, name, blocks, args):
+        self.calls.append((name, blocks, args))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name", "blocks"), [(4, "gemm1_n128", 147), (192, "gemm1_n256", 147), (400, "gemm1_pair", 146)]
+)
+def test_variant_follows_the_shapes_alone(rng, tokens, name, blocks):
+    recorder = Recorder()
+    made, _ = prepared(rng, recorder)
+    made.blocks = 147
+    x, ids, weight, expert_map = batch(rng, GEOMETRY, tokens)
+    workspace = torch.zeros(made.workspace_bytes(tokens), dtype=torch.uint8)
+    for routed in (ids, torch.full_like(ids, -1)):
+        made.forward(x, routed, weight, expert_map, torch.empty_like(x), workspace)
+    for sequence in (recorder.calls[:4], recorder.calls[4:]):
+        assert [call[:2] for call in sequence[1:3]] == [(name, blocks), ("gemm2_n128", 147)]
+        assert sequence[0][1] == tokens * (1 if made.parameters.one_scale else 2)
+        for called, _, args in sequence:
+            kinds = "".join("q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i" for a in args)
+            assert kinds == catalogue.arguments(called)[:-1]
 
 
 def test_prepare_needs_no_second_copy(rng):

@@ -19,6 +19,7 @@ from ptx_model.testing import full, needs_compiler
 
 pytestmark = needs_compiler
 RAGGED = [37, 0, 130, 5]
+PAIRED = [3, 0, 300, 140]
 
 
 @pytest.mark.parametrize("one_scale", [True, False])
@@ -42,10 +43,15 @@ def test_quantize_rows_equals_the_reference_bit_for_bit(one_scale):
     [
         pytest.param(RAGGED, 512, 256, "n128", 3, False, id="ragged-n128"),
         pytest.param([3, 140], 512, 256, "n256", 2, True, id="ragged-n256"),
+        pytest.param(PAIRED, 512, 256, "pair", 4, False, id="ragged-pair"),
         pytest.param([9], 7168, 128, "n128", 2, False, id="k7168-n128"),
         pytest.param([0, 0], 512, 256, "n128", 2, False, id="no-slot"),
         *(pytest.param(RAGGED, 7168, 256, "n128", 3, i % 2 > 0, id=f"full-n128-{i}", marks=full) for i in range(5)),
         *(pytest.param(RAGGED, 7168, 256, "n256", 3, i % 2 > 0, id=f"full-n256-{i}", marks=full) for i in range(5)),
+        *(
+            pytest.param([37, 0, 300, 5], 7168, 256, "pair", 4, i % 2 > 0, id=f"full-pair-{i}", marks=full)
+            for i in range(5)
+        ),
     ],
 )
 def test_gemm1_codes(counts, hidden, inter, tile, blocks, one_scale):

@@ -101,7 +101,8 @@ def gemm1(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, block
     images = max_tiles(case.topk_ids.numel(), case.weights.num_experts)
     out = torch.full((images, steps, layout.CODE_BYTES), 0xA5, dtype=torch.uint8)
     out_scale = torch.full((images, steps, layout.SCALE_BYTES), 0xA5, dtype=torch.uint8)
-    args = [codes, scale, plan.a_row, case.arranged.w13, case.arranged.w13_scale, plan.tiles, plan.num_tiles]
+    table = (plan.pairs, plan.num_pairs) if name == "gemm1_pair" else (plan.tiles, plan.num_tiles)
+    args = [codes, scale, plan.a_row, case.arranged.w13, case.arranged.w13_scale, *table]
     args += [case.parameters.first, out, out_scale, _UNUSED, _UNUSED, case.top_k, 2 * case.weights.intermediate]
     args += [case.weights.hidden, LIMIT, blocks]
     machine = own_kernels.execute(name, args, **({"seed": case.seed, "approximation_ulps": 2} | options))

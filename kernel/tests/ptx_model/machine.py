@@ -121,6 +121,7 @@ class Machine:
         self.random, self.noise = random.Random(seed), np.random.default_rng(seed)
         self.give_up = 0.02
         self.events = self.polls = self.executed = 0
+        self.visited: set[int] = set()
         self._check(params)
 
     def _check(self, params: bytes) -> None:

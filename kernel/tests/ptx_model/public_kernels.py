@@ -39,7 +39,9 @@ def missing() -> str | None:
 
 
 def _prepare() -> None:
-    os.environ.setdefault("CUTE_DSL_ARCH", "sm_100a")
+    from nvfp4_megamoe.backends.sm100.catalogue import set_environment
+
+    set_environment()
     if _FC1 in sys.modules:
         return
     root = wheel_directory()

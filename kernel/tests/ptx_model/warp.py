@@ -64,6 +64,7 @@ class Warp:
         counter, mask = self.groups[which]
         machine = self.machine
         ins, execute, guard = machine.code[counter]
+        machine.visited.add(counter)
         active = mask
         if guard is not None:
             taken = self.registers["?"][guard[0]]

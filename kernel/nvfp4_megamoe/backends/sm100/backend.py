@@ -31,12 +31,15 @@ def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | Non
     return None if num_experts > 0 else "there is no local expert"
 
 
-def tile_columns(slots: int, experts: int) -> int:
-    """Rows of weights a tile of GEMM 1, from shapes alone so that a CUDA graph is valid for any routing.
+def first_variant(slots: int, experts: int) -> str:
+    """Kernel of GEMM 1, from shapes alone so that a CUDA graph is valid for any routing.
 
     With few slots an expert the weights bound the time, and small tiles spread them evenly over the multiprocessors.
+    With many, a pair of blocks reads each weight once for 256 slots.
     """
-    return 256 if slots >= 128 * experts else 128
+    if slots >= 256 * experts:
+        return "gemm1_pair"
+    return "gemm1_n256" if slots >= 128 * experts else "gemm1_n128"
 
 
 class Sm100Backend:
@@ -131,10 +134,12 @@ class Sm100Backend:
             len(plan.source),
             [x, plan.source, p.input_scales, views["codes"], views["scales"], hidden],
         )
-        tile = tile_columns(tokens * top_k, w.num_experts)
-        first = [views["codes"], views["scales"], plan.a_row, w.w13, w.w13_scale, plan.tiles, plan.num_tiles, p.first]
+        name, blocks, tiles = first_variant(tokens * top_k, w.num_experts), self.blocks, (plan.tiles, plan.num_tiles)
+        if name == "gemm1_pair":
+            blocks, tiles = blocks // 2 * 2, (plan.pairs, plan.num_pairs)
+        first = [views["codes"], views["scales"], plan.a_row, w.w13, w.w13_scale, *tiles, p.first]
         first += [views["inter"], views["inter_scales"], plan.order, topk_weights, top_k, 2 * inter, hidden, self.limit]
-        launch(f"gemm1_n{tile}", self.blocks, first)
+        launch(name, blocks, first)
         second = [views["inter"], views["inter_scales"], plan.a_row, w.w2, w.w2_scale, plan.tiles, plan.num_tiles]
         second += [p.second, views["slot_rows"], views["scales"], plan.order, topk_weights, top_k, hidden, inter]
         launch("gemm2_n128", self.blocks, [*second, self.limit])

@@ -100,6 +100,8 @@ def build(target: Path, names: tuple[str, ...] = catalogue.NAMES) -> list[tuple[
         machine = inspect(cubin)
         item = catalogue.describe(name, compiled.__ptx__, machine.registers)
         broken += problems(name, item, machine)
+        if item.threads != getattr(catalogue.source(name), "threads", item.threads):
+            broken.append(f"{name}: the object has {item.threads} threads, another variant's")
         report.append((item, machine, seconds, cubin.stat().st_size))
     if broken:
         raise BuildError("; ".join(broken))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
 import tempfile
@@ -9,7 +11,7 @@ import tempfile
 from nvfp4_megamoe.backends.sm100.objects import KernelObject
 
 ARCH = "sm_100a"
-NAMES = ("quantize_rows", "gemm1_n128", "gemm1_n256", "gemm2_n128", "gemm2_n128_add", "sum_slots")
+NAMES = ("quantize_rows", "gemm1_n128", "gemm1_n256", "gemm1_pair", "gemm2_n128", "gemm2_n128_add", "sum_slots")
 # Arguments of the host entry: q address, i int32, f float32. The last int32 of each is a launch size alone.
 _ARGUMENTS = {"quantize_rows": "qqqqqii", "sum_slots": "qqqiii", "gemm": "qqqqqqqqqqqqiiifi"}
 
@@ -19,14 +21,25 @@ def arguments(name: str) -> str:
     return _ARGUMENTS["gemm" if name.startswith("gemm") else name]
 
 
+@functools.cache
+def set_environment() -> None:
+    """Target and dump directory of the kernel language, to be set before its first import.
+
+    It hands PTX and cubin over through files whose names variants share: every process needs a directory of its own.
+    """
+    directory = tempfile.TemporaryDirectory(prefix="sm100-compile-")
+    atexit.register(directory.cleanup)
+    os.environ["CUTE_DSL_ARCH"] = ARCH
+    os.environ["CUTE_DSL_DUMP_DIR"] = directory.name
+
+
 def compile_kernel(name: str, options: str = "--keep-ptx --keep-cubin --opt-level 3"):
     """Compile one kernel for sm_100a; shapes are run-time arguments, so one object serves every geometry.
 
     Raises:
         KeyError: no such kernel.
     """
-    os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
-    os.environ.setdefault("CUTE_DSL_DUMP_DIR", tempfile.gettempdir())
+    set_environment()
     from cutlass import Float32, Int32, Int64, cute
     from cutlass.cute.runtime import make_fake_stream
 
@@ -41,6 +54,8 @@ def source(name: str):
     from nvfp4_megamoe.backends.sm100.gemm import GroupedGemm
     from nvfp4_megamoe.backends.sm100.quantize import QuantizeRows
 
+    if name == "gemm1_pair":
+        return GroupedGemm(first=True, tile_n=256, pair=True)
     if match := re.fullmatch(r"gemm(?P<which>[12])_n(?P<tile>128|256)(?P<add>_add)?", name):
         return GroupedGemm(first=match["which"] == "1", tile_n=int(match["tile"]), adds=bool(match["add"]))
     return {"quantize_rows": QuantizeRows, "sum_slots": SumSlots}[name]()
@@ -57,5 +72,6 @@ def describe(name: str, ptx: str, registers: int) -> KernelObject:
     symbol = re.search(r"\.entry\s+([\w$]+)", ptx)[1]
     parameters = re.findall(r"\.param\s+\.(u64|u32|f32|b32|b64)\s", ptx[: ptx.index("{")])
     kinds = "".join({"u64": "q", "b64": "q", "f32": "f"}.get(kind, "i") for kind in parameters)
+    cluster = getattr(kernel, "cluster", 1)
     threads = int(re.search(r"\.reqntid\s+(\d+)", ptx)[1])
-    return KernelObject(name, symbol, threads, getattr(kernel, "shared_bytes", 0), 1, registers, kinds)
+    return KernelObject(name, symbol, threads, getattr(kernel, "shared_bytes", 0), cluster, registers, kinds)

@@ -26,7 +26,8 @@ def swiglu(gate, up, alpha_gate, alpha_up, limit):
 def swiglu_epilogue(tile, row, column, address, parameters, limit, n, out, out_scale):
     """64 columns of gate and 64 of up to 64 NVFP4 values, in the images that GEMM 2 reads.
 
-    Rows past the expert's slots are stored too: their activations are zeros, and GEMM 2 reads whole images.
+    Rows past the expert's slots are stored too: their activations are zeros, and GEMM 2 reads whole images. A tile
+    without any slot has no image.
     """
     alpha_gate, alpha_up, inverse_global, global_scale = ptx.load_4xf32(parameters + Int64(tile.expert) * 16)
     codes, scales = [], Uint32(0)
@@ -42,9 +43,10 @@ def swiglu_epilogue(tile, row, column, address, parameters, limit, n, out, out_s
     image = Int64(tile.image) * (n // (2 * IMAGE_K)) + column // 4
     chunk = (column % 4) * 2
     line = out + image * CODE_BYTES + row * 128
-    ptx.store_4xu32(line + (chunk ^ (row % 8)) * 16, codes[:4])
-    ptx.store_4xu32(line + ((chunk + 1) ^ (row % 8)) * 16, codes[4:])
-    ptx.store_u32(out_scale + image * SCALE_BYTES + (column % 4) * 512 + (row % 32) * 16 + (row // 32) * 4, scales)
+    if tile.rows > 0:
+        ptx.store_4xu32(line + (chunk ^ (row % 8)) * 16, codes[:4])
+        ptx.store_4xu32(line + ((chunk + 1) ^ (row % 8)) * 16, codes[4:])
+        ptx.store_u32(out_scale + image * SCALE_BYTES + (column % 4) * 512 + (row % 32) * 16 + (row // 32) * 4, scales)
 
 
 @cute.jit

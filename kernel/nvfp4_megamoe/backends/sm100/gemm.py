@@ -48,10 +48,14 @@ class GroupedGemm:
         first: GEMM 1 (gather, SwiGLU, NVFP4 out) or GEMM 2 (weighted BF16 rows out).
         tile_n: 128 or 256 rows of weights a tile.
         adds: GEMM 2 adds its rows to the tokens' sums instead of storing one row for each slot.
+        pair: two blocks of a cluster multiply 256 slots by 256 rows of weights together; each loads its own 128 slots
+            and half of the weights. The first block's multiply warp issues for both, the second's reports its stages.
     """
 
-    def __init__(self, first: bool, tile_n: int, adds: bool = False) -> None:
-        self.first, self.tile_n, self.adds = first, tile_n, adds
+    def __init__(self, first: bool, tile_n: int, adds: bool = False, pair: bool = False) -> None:
+        assert not pair or (first and tile_n == 2 * IMAGE_ROWS)
+        self.first, self.tile_n, self.adds, self.pair = first, tile_n, adds, pair
+        self.cluster = 2 if pair else 1
         self.images = tile_n // IMAGE_ROWS
         self.accumulators = 2 if tile_n == 128 else 1
         self.epilogue_warps = 4 * self.images
@@ -61,12 +65,13 @@ class GroupedGemm:
         self.multiply_warp = self.load_warp + 1
         self.threads = (self.multiply_warp + 1) * WARP
         self.staging = 0 if first else self.epilogue_warps * WARP * STAGING_PITCH
-        self.stage_bytes = (1 + self.images) * (CODE_BYTES + SCALE_BYTES)
+        self.own_images = self.images // self.cluster
+        self.stage_bytes = (1 + self.own_images) * CODE_BYTES + (1 + self.images) * SCALE_BYTES
         self.stages = (SHARED_LIMIT - 1024 - self.staging) // self.stage_bytes
         self.barriers = self.stages * self.stage_bytes + self.staging
         self.shared_bytes = self.barriers + 1024
-        # A, B: E2M1; scales UE4M3; dense K 64; M 128.
-        self.shape = (1 << 7) | (1 << 10) | ((tile_n >> 3) << 17) | (1 << 27)
+        # A, B: E2M1; scales UE4M3; dense K 64; M 128 or, by a pair, 256.
+        self.shape = (1 << 7) | (1 << 10) | ((tile_n >> 3) << 17) | (self.cluster << 27)
         self.scale_columns = self.accumulators * tile_n
         assert self.scale_columns + 4 * _STEPS * (1 + self.images) <= TMEM_COLUMNS
 
@@ -75,10 +80,10 @@ class GroupedGemm:
         return stage + CODE_BYTES
 
     def _scales_a(self, stage):
-        return stage + CODE_BYTES * (1 + self.images)
+        return stage + CODE_BYTES * (1 + self.own_images)
 
     def _scales_b(self, stage):
-        return stage + CODE_BYTES * (1 + self.images) + SCALE_BYTES
+        return stage + CODE_BYTES * (1 + self.own_images) + SCALE_BYTES
 
     @cute.jit
     def __call__(
@@ -139,6 +144,7 @@ class GroupedGemm:
             stream=stream,
             use_pdl=True,
             min_blocks_per_mp=1,
+            cluster=[self.cluster, 1, 1],
         )
 
     @cute.kernel
@@ -164,6 +170,9 @@ class GroupedGemm:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(thread // WARP)
         lane = thread % WARP
+        rank = Int32(0)
+        if cutlass.const_expr(self.pair):
+            rank = cute.arch.block_idx_in_cluster()
         shared = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint())
         full = shared + self.barriers
         empty = full + 8 * self.stages
@@ -172,16 +181,18 @@ class GroupedGemm:
         tmem_at = free + 8 * self.accumulators
         if warp == self.load_warp and lane == 0:
             for stage in cutlass.range_constexpr(self.stages):
-                ptx.init_barrier(full + 8 * stage, 1 + (GATHER_WARPS if self.first else 0))
+                # In a pair the first block's stage is full when the second's is, too.
+                report = Int32(1) - rank if cutlass.const_expr(self.pair) else 0
+                ptx.init_barrier(full + 8 * stage, 1 + (GATHER_WARPS if self.first else 0) + report)
                 ptx.init_barrier(empty + 8 * stage, 1)
             for i in cutlass.range_constexpr(self.accumulators):
                 ptx.init_barrier(done + 8 * i, 1)
-                ptx.init_barrier(free + 8 * i, self.epilogue_warps)
+                ptx.init_barrier(free + 8 * i, self.epilogue_warps * self.cluster)
             cute.arch.mbarrier_init_fence()
         if warp == self.multiply_warp:
-            ptx.allocate_tmem(tmem_at, TMEM_COLUMNS, 1)
+            ptx.allocate_tmem(tmem_at, TMEM_COLUMNS, self.cluster)
         ptx.fence_before()
-        cute.arch.sync_threads()
+        self._sync()
         ptx.fence_after()
         tmem = ptx.load_shared_i32(tmem_at)
         cute.arch.griddepcontrol_wait()
@@ -190,10 +201,13 @@ class GroupedGemm:
         steps = k // IMAGE_K
         if warp == self.load_warp:
             if lane == 0:
-                self._load(a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty)
+                self._load(a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty, rank)
         elif warp == self.multiply_warp:
             if lane == 0:
-                self._multiply(count, steps, shared, full, empty, done, free, tmem)
+                if rank == 0:
+                    self._multiply(count, steps, shared, full, empty, done, free, tmem)
+                else:
+                    self._report(count, steps, full)
         elif warp < self.epilogue_warps:
             self._epilogue(
                 warp,
@@ -213,6 +227,7 @@ class GroupedGemm:
                 done,
                 free,
                 tmem,
+                rank,
             )
         elif cutlass.const_expr(self.first):
             self._gather(
@@ -229,24 +244,39 @@ class GroupedGemm:
                 shared,
                 full,
                 empty,
+                rank,
             )
         cute.arch.griddepcontrol_launch_dependents()
         ptx.fence_before()
-        cute.arch.sync_threads()
+        self._sync()
         if warp == self.multiply_warp:
             ptx.fence_after()
-            ptx.free_tmem(tmem, TMEM_COLUMNS, 1)
+            ptx.free_tmem(tmem, TMEM_COLUMNS, self.cluster)
 
     @cute.jit
-    def _load(self, a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty):
+    def _sync(self):
+        """All threads of the block, or of both blocks of a pair, whose barriers and shared memory must be alive."""
+        if cutlass.const_expr(self.pair):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+    @cute.jit
+    def _first(self):
+        """First tile of this block or pair, and the distance to its next."""
+        return cute.arch.block_idx()[0] // self.cluster, cute.arch.grid_dim()[0] // self.cluster
+
+    @cute.jit
+    def _load(self, a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty, rank):
         """One thread: weights, and GEMM 2's activations, as whole images."""
-        size = self.images * (CODE_BYTES + SCALE_BYTES)
+        size = self.own_images * CODE_BYTES + self.images * SCALE_BYTES
         if cutlass.const_expr(not self.first):
             size += CODE_BYTES + SCALE_BYTES
         stage, parity = Int32(0), Int32(1)
-        index, _, _ = cute.arch.block_idx()
+        index, stride = self._first()
         while index < count:
-            tile = Tile.find(tiles, index, columns)
+            tile = Tile.find(tiles, index, columns, rank, self.cluster)
             for step in range(steps):
                 ptx.wait(empty + 8 * stage, parity)
                 base, barrier = shared + stage * self.stage_bytes, full + 8 * stage
@@ -254,9 +284,16 @@ class GroupedGemm:
                 for image in cutlass.range_constexpr(self.images):
                     row = tile.expert * (n // IMAGE_ROWS) + tile.column * self.images + image
                     source = Int64(row) * steps + step
-                    codes, scales = self._codes_b(base) + image * CODE_BYTES, self._scales_b(base) + image * SCALE_BYTES
-                    ptx.bulk_load(codes, b + source * CODE_BYTES, CODE_BYTES, barrier)
-                    ptx.bulk_load(scales, b_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
+                    ptx.bulk_load(
+                        self._scales_b(base) + image * SCALE_BYTES, b_scale + source * SCALE_BYTES, SCALE_BYTES, barrier
+                    )
+                    # A pair shares the codes, image 0 in the first block; each needs the scales of both.
+                    mine = image == rank if cutlass.const_expr(self.pair) else True
+                    if mine:
+                        place = base + CODE_BYTES
+                        if cutlass.const_expr(not self.pair):
+                            place += image * CODE_BYTES
+                        ptx.bulk_load(place, b + source * CODE_BYTES, CODE_BYTES, barrier)
                 if cutlass.const_expr(not self.first):
                     source = Int64(tile.image) * steps + step
                     ptx.bulk_load(base, a + source * CODE_BYTES, CODE_BYTES, barrier)
@@ -265,10 +302,10 @@ class GroupedGemm:
                 if stage == self.stages:
                     stage = Int32(0)
                     parity ^= 1
-            index += cute.arch.grid_dim()[0]
+            index += stride
 
     @cute.jit
-    def _gather(self, thread, lane, a, a_scale, a_row, tiles, columns, count, k, steps, shared, full, empty):
+    def _gather(self, thread, lane, a, a_scale, a_row, tiles, columns, count, k, steps, shared, full, empty, rank):
         """Four warps: 16-byte chunks of the slots' rows into the swizzle, 4-byte groups of scales into the tiles.
 
         A stage is announced ``GATHER_LAG`` stages later, when its copies are complete and fenced.
@@ -278,9 +315,9 @@ class GroupedGemm:
         target = first_row * 128 + ((chunk ^ (first_row % 8)) * 16)
         scale_target = (thread % 32) * 16 + (thread // 32) * 4
         stage, parity, issued, behind = Int32(0), Int32(1), Int32(0), Int32(0)
-        index, _, _ = cute.arch.block_idx()
+        index, stride = self._first()
         while index < count:
-            tile = Tile.find(tiles, index, columns)
+            tile = Tile.find(tiles, index, columns, rank, self.cluster)
             rows, sizes = [], []
             for i in cutlass.range_constexpr(8):
                 row, size = self._row(a_row, tile, first_row + 16 * i)
@@ -305,7 +342,7 @@ class GroupedGemm:
                 if issued > GATHER_LAG:
                     ptx.wait_copies(GATHER_LAG)
                     behind = self._announce(lane, full, behind)
-            index += cute.arch.grid_dim()[0]
+            index += stride
         for left in cutlass.range_constexpr(GATHER_LAG - 1, -1, -1):
             if issued > left:
                 ptx.wait_copies(left)
@@ -333,29 +370,53 @@ class GroupedGemm:
         return stage
 
     @cute.jit
-    def _multiply(self, count, steps, shared, full, empty, done, free, tmem):
-        """One thread: block scales to TMEM and the multiplications, in order."""
-        stage, parity, which, free_parity = Int32(0), Int32(0), Int32(0), Int32(1)
-        index, _, _ = cute.arch.block_idx()
+    def _report(self, count, steps, full):
+        """The second block's thread: tell the first block's barrier of every full stage here."""
+        stage, parity = Int32(0), Int32(0)
+        index, stride = self._first()
         while index < count:
-            ptx.wait(free + 8 * which, free_parity)
-            ptx.fence_after()
-            target = tmem + which * self.tile_n
-            for step in range(steps):
+            for _ in range(steps):
                 ptx.wait(full + 8 * stage, parity)
-                ptx.fence_after()
-                self._step(shared + stage * self.stage_bytes, target, tmem + self.scale_columns, step)
-                ptx.commit(empty + 8 * stage)
+                ptx.arrive_remote(ptx.remote(full + 8 * stage, Int32(0)))
                 stage += 1
                 if stage == self.stages:
                     stage = Int32(0)
                     parity ^= 1
-            ptx.commit(done + 8 * which)
+            index += stride
+
+    @cute.jit
+    def _multiply(self, count, steps, shared, full, empty, done, free, tmem):
+        """One thread: block scales to TMEM and the multiplications, in order."""
+        stage, parity, which, free_parity = Int32(0), Int32(0), Int32(0), Int32(1)
+        index, stride = self._first()
+        while index < count:
+            ptx.wait(free + 8 * which, free_parity, self._scope())
+            ptx.fence_after()
+            target = tmem + which * self.tile_n
+            for step in range(steps):
+                ptx.wait(full + 8 * stage, parity, self._scope())
+                ptx.fence_after()
+                self._step(shared + stage * self.stage_bytes, target, tmem + self.scale_columns, step)
+                self._commit(empty + 8 * stage)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    parity ^= 1
+            self._commit(done + 8 * which)
             which += 1
             if which == self.accumulators:
                 which = Int32(0)
                 free_parity ^= 1
-            index += cute.arch.grid_dim()[0]
+            index += stride
+
+    def _scope(self) -> str:
+        return "cluster" if self.pair else "cta"
+
+    def _commit(self, barrier) -> None:
+        if self.pair:
+            ptx.commit_pair(barrier)
+        else:
+            ptx.commit(barrier)
 
     @cute.jit
     def _step(self, base, target, scales, step):
@@ -366,18 +427,26 @@ class GroupedGemm:
         for i in cutlass.range_constexpr(_STEPS):
             columns_a = scales + 4 * i
             columns_b = scales + 4 * _STEPS + 4 * self.images * i
-            ptx.copy_scales(columns_a, scale + scale_a + 32 * i, 1)
+            ptx.copy_scales(columns_a, scale + scale_a + 32 * i, self.cluster)
             for image in cutlass.range_constexpr(self.images):
                 source = scale + scale_b + 32 * i + image * (SCALE_BYTES >> 4)
-                ptx.copy_scales(columns_b + 4 * image, source, 1)
+                ptx.copy_scales(columns_b + 4 * image, source, self.cluster)
         for i in cutlass.range_constexpr(_STEPS):
             columns_a = scales + 4 * i
             columns_b = scales + 4 * _STEPS + 4 * self.images * i
             add = Int32(1)
             if cutlass.const_expr(i == 0):
                 add = step
+            at = 2 * i
             ptx.multiply(
-                target, operand + at_a + 2 * i, operand + at_b + 2 * i, self.shape, columns_a, columns_b, add, 1
+                target,
+                operand + at_a + at,
+                operand + at_b + at,
+                self.shape,
+                columns_a,
+                columns_b,
+                add,
+                self.cluster,
             )
 
     @cute.jit
@@ -400,14 +469,15 @@ class GroupedGemm:
         done,
         free,
         tmem,
+        rank,
     ):
         """Four warps for each image of the accumulator: a thread has one slot's 128 columns."""
         image, quarter = warp // 4, warp % 4
         which, parity = Int32(0), Int32(0)
         row = quarter * WARP + lane
-        index, _, _ = cute.arch.block_idx()
+        index, stride = self._first()
         while index < count:
-            tile = Tile.find(tiles, index, columns)
+            tile = Tile.find(tiles, index, columns, rank, self.cluster)
             ptx.wait(done + 8 * which, parity)
             ptx.fence_after()
             address = tmem + (quarter << 21) + which * self.tile_n + image * IMAGE_ROWS
@@ -432,12 +502,15 @@ class GroupedGemm:
             ptx.fence_before()
             cute.arch.sync_warp()
             if lane == 0:
-                ptx.arrive(free + 8 * which)
+                if cutlass.const_expr(self.pair):
+                    ptx.arrive_remote(ptx.remote(free + 8 * which, Int32(0)))
+                else:
+                    ptx.arrive(free + 8 * which)
             which += 1
             if which == self.accumulators:
                 which = Int32(0)
                 parity ^= 1
-            index += cute.arch.grid_dim()[0]
+            index += stride
         # Shared memory must outlive the stores that read it, and the next kernel reads what they write.
         if cutlass.const_expr(not self.first):
             ptx.wait_bulk()

@@ -140,7 +140,7 @@ def wait_bulk() -> None:
 # Barriers
 
 
-def init_barrier(barrier: Int32, arrivals: int) -> None:
+def init_barrier(barrier: Int32, arrivals: int | Int32) -> None:
     _run("mbarrier.init.shared::cta.b64 [{$r0}], {$r1};", barrier, Int32(arrivals))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cutlass
 from cutlass import Int32, Int64, cute
 
 from nvfp4_megamoe.backends.sm100 import ptx
@@ -15,7 +16,7 @@ class Tile:
     """One tile of one expert.
 
     expert: local expert. column: tile of weight rows. image: tile of slots, counted over all experts. slot: first slot.
-    rows: slots in the tile, 1 to 128.
+    rows: slots in the tile, 0 to 128.
     """
 
     expert: Int32
@@ -25,22 +26,28 @@ class Tile:
     rows: Int32
 
     @staticmethod
-    def find(tiles: Int64, index: Int32, columns: Int32) -> Tile:
-        """Tiles of an expert are consecutive, those with the same weights next to each other."""
-        return Tile(*_find(tiles, index, columns))
+    def find(tiles: Int64, index: Int32, columns: Int32, rank: Int32, blocks: int) -> Tile:
+        """Tiles of an expert are consecutive, those with the same weights next to each other.
+
+        A pair's tile has 256 slots, of which ``rank`` says the half; ``rows`` is 0 where that has none.
+        """
+        return Tile(*_find(tiles, index, columns, rank, blocks))
 
 
 @cute.jit
-def _find(tiles: Int64, index: Int32, columns: Int32):
-    expert, first, count, _ = ptx.load_4xi32(tiles + Int64(index // columns) * 32)
+def _find(tiles: Int64, index: Int32, columns: Int32, rank: Int32, blocks: cutlass.Constexpr):
+    expert, first, count, first_image = ptx.load_4xi32(tiles + Int64(index // columns) * 32)
     begin, end = (ptx.load_i32(tiles + Int64(index // columns) * 32 + offset) for offset in (16, 20))
     inside = index - first * columns
     column, tile = inside // count, inside % count
-    slot = begin + tile * IMAGE_ROWS
+    part = tile * blocks + rank
+    slot = begin + part * IMAGE_ROWS
     rows = end - slot
+    if rows < 0:
+        rows = Int32(0)
     if rows > IMAGE_ROWS:
         rows = Int32(IMAGE_ROWS)
-    return expert, column, first + tile, slot, rows
+    return expert, column, first_image + part, slot, rows
 
 
 @cute.jit
