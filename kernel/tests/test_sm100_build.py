@@ -90,6 +90,7 @@ def test_a_broken_rule_leaves_nothing_to_load(tmp_path, monkeypatch):
     objects.write(tmp_path, [], {})
     monkeypatch.setattr(catalogue, "compile_kernel", lambda name: Compiled)
     monkeypatch.setattr(catalogue, "describe", lambda name, ptx, registers: ITEM)
+    monkeypatch.setattr(catalogue, "source", lambda name: ITEM)
     monkeypatch.setattr(build, "inspect", lambda cubin: Machine(255, 0, 0, 0, 4))
     with pytest.raises(BuildError, match="registers"):
         build.build(tmp_path, ("gemm1_n128",))
