@@ -1,5 +1,1 @@
 """Hopper (SM90): NVFP4 weights decoded in registers, BF16 activations (W4A16). See docs/sm90-kernel.md."""
-
-from nvfp4_megamoe.backends.sm90.backend import Sm90Backend
-
-__all__ = ["Sm90Backend"]

@@ -33,7 +33,7 @@ def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | Non
 
 
 def choose_variant(tokens: int, top_k: int, num_experts: int) -> int:
-    """Slots a tile, from shapes alone so that a CUDA graph is valid for any routing: covers a busy expert's slots where it can."""
+    """Slots a tile, from shapes alone, so a CUDA graph is valid for any routing: a busy expert's, where it can be."""
     mean = tokens * top_k / num_experts
     busy = min(tokens, mean + 2 * math.sqrt(mean))
     return next((v for v in VARIANTS if v >= busy), VARIANTS[-1])
@@ -141,7 +141,9 @@ class Sm90Backend:
             count = min(MAX_CHUNK, tokens - begin)
             offsets, size = self._regions(count * top_k)
             if base + size > workspace.data_ptr() + workspace.numel():
-                raise UnsupportedError(f"the workspace has {workspace.numel()} bytes, {size + ALIGN} are needed for {count} tokens")
+                raise UnsupportedError(
+                    f"the workspace has {workspace.numel()} bytes, {size + ALIGN} are needed for {count} tokens"
+                )
             args = library.ForwardArgs(
                 x=x[begin:].data_ptr(),
                 ids=topk_ids[begin:].data_ptr(),

@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "csrc"
 LIBRARY = HERE / "libnvfp4_sm90.so"
 ARCHITECTURE = "arch=compute_90a,code=sm_90a"
-WIDTHS = tuple(range(8, 161, 8))
+WIDTHS = tuple(range(8, 129, 8))
+MAX_SPILL = 16  # bytes: a few scalars around a tile; more would be in a main loop
 
 
 class BuildError(RuntimeError):
@@ -70,7 +71,18 @@ def compile_library(output: Path = LIBRARY) -> str:
             raise BuildError(f"nvcc failed with {run.returncode}:\n{run.stderr}")
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(partial, output)
+    if problems := report_problems(run.stderr):
+        raise BuildError("the compiler lost performance that the kernels rely on:\n" + "\n".join(problems))
     return run.stderr
+
+
+def report_problems(report: str) -> list[str]:
+    """Lines of ptxas' report that say wgmma was serialized, and kernels that spill more than MAX_SPILL bytes."""
+    problems = [line.strip() for line in report.splitlines() if "Potential Performance Loss" in line]
+    for name, use in kernel_resources(report).items():
+        if max(use.get("spill_stores", 0), use.get("spill_loads", 0)) > MAX_SPILL:
+            problems.append(f"{name} spills {use['spill_stores']} bytes, at most {MAX_SPILL} are allowed")
+    return problems
 
 
 def kernel_resources(report: str) -> dict[str, dict[str, int]]:
@@ -81,7 +93,9 @@ def kernel_resources(report: str) -> dict[str, dict[str, int]]:
         if match := re.search(r"Compiling entry function '(\S+)'", line):
             name = match.group(1)
             found[name] = {}
-        elif name and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+        elif name and (
+            match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        ):
             found[name].update(zip(("stack", "spill_stores", "spill_loads"), map(int, match.groups()), strict=True))
         elif name and (match := re.search(r"Used (\d+) registers", line)):
             found[name]["registers"] = int(match.group(1))

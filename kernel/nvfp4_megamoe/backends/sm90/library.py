@@ -17,7 +17,10 @@ class ForwardArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "ids", "topk_weights", "expert_map", "out")),
         *((name, ctypes.c_void_p) for name in ("w13", "w13_scale", "w2", "w2_scale", "w13_global", "w2_global")),
-        *((name, ctypes.c_void_p) for name in ("order", "inverse", "offsets", "counts", "flags", "partial", "intermediate", "slot_out")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("order", "inverse", "offsets", "counts", "flags", "partial", "intermediate", "slot_out")
+        ),
         *((name, ctypes.c_int) for name in ("tokens", "topk", "ids_64", "map_size", "num_experts", "hidden")),
         *((name, ctypes.c_int) for name in ("intermediate_size", "variant", "grid", "num_flags", "capacity")),
         ("limit", ctypes.c_float),
@@ -38,7 +41,13 @@ def load() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.nvfp4_sm90_forward.argtypes = [ctypes.POINTER(ForwardArgs), ctypes.c_void_p]
     lib.nvfp4_sm90_forward.restype = ctypes.c_int
-    lib.nvfp4_sm90_repack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_void_p]
+    lib.nvfp4_sm90_repack.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int] * 4,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
     lib.nvfp4_sm90_repack.restype = ctypes.c_int
     lib.nvfp4_sm90_partial_bytes.argtypes = [ctypes.c_int]
     lib.nvfp4_sm90_partial_bytes.restype = ctypes.c_size_t

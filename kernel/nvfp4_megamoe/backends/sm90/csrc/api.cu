@@ -42,8 +42,6 @@ cudaError_t launch_variant(int variant, const GemmParams& p, int grid, cudaStrea
         case 80: return launch_gemm<PHASE, 2, 80, 56, 8>(p, grid, stream);
         case 96: return launch_gemm<PHASE, 2, 96, 64, 8>(p, grid, stream);
         case 128: return launch_gemm<PHASE, 2, 128, 64, 32>(p, grid, stream);
-        case 196: return launch_gemm<PHASE, 3, 96, 96, 8>(p, grid, stream);
-        case 136: return launch_gemm<PHASE, 2, 136, 120, 8>(p, grid, stream);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -68,7 +66,7 @@ struct Nvfp4Sm90Forward {
 };
 
 // Bytes of the partial sums that any variant may need for `grid` CTAs.
-size_t nvfp4_sm90_partial_bytes(int grid) { return size_t(grid) * 384 * 96 * sizeof(float); }
+size_t nvfp4_sm90_partial_bytes(int grid) { return size_t(grid) * 256 * 128 * sizeof(float); }
 
 int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     using namespace sm90;

@@ -1,6 +1,6 @@
 // Grouped GEMM over slots: weights are wgmma's operand A, decoded in registers; slots are its columns. One persistent CTA per
 // multiprocessor: NWG consumer warpgroups, each with one unit (two 64-row tiles), share the activations; one producer warpgroup
-// copies packed weights in bulk and gathers activation rows.
+// copies packed weights and activations tiled by slot in bulk, or gathers activation rows where slots are few.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -56,12 +56,9 @@ struct Gemm {
     // Stages whose copies are in flight when an earlier one is published. A consumer keeps two stages, so at most S - 2.
     static constexpr int kLag = S > 4 ? 2 : 1;
     static constexpr int kProducerRegisters = 56;
-    static constexpr int kConsumerRegisters = NWG == 2 ? 224 : NWG == 3 ? 152 : 104;   // the sum is what the launch gives the CTA
+    static constexpr int kConsumerRegisters = NWG == 2 ? 224 : 104;   // the sum is what the launch gives the CTA
     static_assert(S >= 3);
-#ifndef NARROW_ABOVE
-#define NARROW_ABOVE 32
-#endif
-    static constexpr bool kNarrow = NMAX > NARROW_ABOVE;   // one 64-row tile per wgmma group: half the fragment registers
+    static constexpr bool kNarrow = NMAX > 32;   // one 64-row tile per wgmma group: half the fragment registers
 
     struct Shared {
         uint32_t stages, full, empty, staging;
@@ -175,6 +172,11 @@ struct Gemm {
     }
 
     // ---- consumer ----
+    // Says for the warp that it has read a stage; a __syncwarp lies between the other lanes' reads and this.
+    static __device__ __forceinline__ void release(uint32_t empty) {
+        if ((threadIdx.x & 31) == 0) mbar_arrive(empty);
+    }
+
     template <int N>
     static __device__ __forceinline__ void mainloop(const Shared& sh, Ring& ring, int kblocks, float (&acc)[2][N / 2]) {
         const int wg = threadIdx.x >> 7, tid = threadIdx.x & 127;
@@ -200,6 +202,7 @@ struct Gemm {
                     v[m] = lds128(base + value_offset + half * 4096 + m * 2048);
                     s[m] = lds64(base + scale_offset + half * 512 + m * 256);
                 }
+                if (half == 1) __syncwarp();   // for release
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const uint32_t lo = desc_lo + half * (Plan::kActHalf >> 4) + h * 4;
@@ -210,7 +213,7 @@ struct Gemm {
                         uint32_t(&f)[8] = frag[kNarrow ? 0 : h][m];
                         if (kNarrow || m == 0) {
                             wgmma_wait<1>();
-                            if (half == 0 && h == 1 && m == 0 && kb > 0 && (tid & 31) == 0) mbar_arrive(previous);
+                            if (half == 0 && h == 1 && m == 0 && kb > 0) release(previous);
                         }
                         decode_k32(h ? v[m].z : v[m].x, h ? v[m].w : v[m].y, h ? s[m].y : s[m].x, f);
                         if (kNarrow) {
@@ -235,14 +238,14 @@ struct Gemm {
             ring.advance();
         }
         wgmma_wait<0>();
-        if ((tid & 31) == 0) mbar_arrive(previous);
+        release(previous);
     }
 
     // A warpgroup beyond the last unit only keeps the ring going.
     static __device__ __forceinline__ void skip(const Shared& sh, Ring& ring, int kblocks) {
         for (int kb = 0; kb < kblocks; ++kb) {
             mbar_wait(sh.full + ring.stage * 8, ring.phase);
-            if ((threadIdx.x & 31) == 0) mbar_arrive(sh.empty + ring.stage * 8);
+            release(sh.empty + ring.stage * 8);
             ring.advance();
         }
     }
