@@ -21,6 +21,10 @@ from pathlib import Path
 READY_TIMEOUT_S = 600
 PROGRESS_EVERY_S = 10
 
+# As `python -m` does, but __main__ stays empty: each process that vLLM spawns imports __main__ again, and the API server
+# with it would cost it several seconds.
+RUN_SERVER = 'import runpy; runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")'
+
 
 def server_environment(processors: list[int], ranks: int) -> dict[str, str]:
     """Return the server's environment: every processor used, split evenly over the ranks, and no network."""
@@ -41,7 +45,7 @@ def server_environment(processors: list[int], ranks: int) -> dict[str, str]:
 
 def server_command(model: Path, host: str, port: int, name: str, ranks: int, extra: list[str]) -> list[str]:
     """Return the command line of vLLM's OpenAI server."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [sys.executable, "-c", RUN_SERVER, "--model", str(model)]
     command += ["--served-model-name", name, "--host", host, "--port", str(port), "--tokenizer-mode", "deepseek_v4"]
     command += ["--max-model-len", "4096", "--max-num-seqs", "16"]
     if ranks > 1:

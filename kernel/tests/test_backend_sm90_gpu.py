@@ -17,6 +17,7 @@ from nvfp4_megamoe.numerics.metrics import relative_l2, worst_row
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
     pytest.mark.skipif(
         not library.library_path().exists(), reason="python -m nvfp4_megamoe.backends.sm90.build has not run"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Name to class, in order of preference; a module is imported when its turn comes.
 BACKENDS = {
     "cpu": "nvfp4_megamoe.backends.cpu.backend:CpuBackend",
+    "sm90": "nvfp4_megamoe.backends.sm90.backend:Sm90Backend",
 }
 
 
