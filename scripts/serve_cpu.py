@@ -21,8 +21,8 @@ from pathlib import Path
 READY_TIMEOUT_S = 600
 PROGRESS_EVERY_S = 10
 
-# As `python -m` does, but __main__ stays empty: each process that vLLM spawns imports __main__ again, and the API server
-# with it would cost it several seconds.
+# As `python -m` does, but __main__ stays empty: each process that vLLM spawns imports __main__ again, and importing the
+# API server there takes seconds.
 RUN_SERVER = 'import runpy; runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")'
 
 

@@ -54,7 +54,9 @@ class Sm90Backend:
     @classmethod
     def unsupported_reason(cls, geometry: MoEGeometry, device: torch.device) -> str | None:
         """See ``Backend.unsupported_reason``."""
-        hopper = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+        hopper = (
+            device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+        )
         if not hopper:
             return f"the sm90 backend needs a Hopper GPU (compute capability 9.0), not {device}"
         if not library.library_path().exists():
