@@ -29,8 +29,8 @@ _HC_MIX = (2 + HC_MULT) * HC_MULT
 _GAIN = 1.0
 _ATTENTION_OUT_GAIN = 0.25
 _GATE_UP_GAIN = 2.0  # large enough for the loudest experts to reach the SwiGLU clamp
-_DOWN_GAIN = 0.09
-_SHARED_DOWN_GAIN = 0.045
+_DOWN_GAIN = 0.06
+_SHARED_DOWN_GAIN = 0.03
 
 _CONSTANT_CHANNEL = 4.0  # value of channel 0 in the embedding of every token
 _ROUTER_SHIFT = -3.0  # weight of channel 0 in every router logit
