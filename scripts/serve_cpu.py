@@ -28,11 +28,16 @@ RUN_SERVER = 'import runpy; runpy.run_module("vllm.entrypoints.openai.api_server
 
 def server_environment(processors: list[int], ranks: int) -> dict[str, str]:
     """Return the server's environment: every processor used, split evenly over the ranks, and no network."""
-    share = max(1, len(processors) // ranks)
-    groups = [processors[rank * share : (rank + 1) * share] or processors[-1:] for rank in range(ranks)]
-    defaults = {
+    if ranks == 1:
+        # One rank computes inside the engine's process (see server_command), where vLLM cannot bind threads.
+        threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(processors))}
+    else:
+        share = max(1, len(processors) // ranks)
+        groups = [processors[rank * share : (rank + 1) * share] or processors[-1:] for rank in range(ranks)]
         # vLLM's own choice leaves one processor of a small machine idle.
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, group)) for group in groups),
+        threads = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, group)) for group in groups)}
+    defaults = {
+        **threads,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # Spin briefly at OpenMP barriers: vLLM runs more processes than a small machine has processors.
         "GOMP_SPINCOUNT": "10000",
@@ -50,6 +55,9 @@ def server_command(model: Path, host: str, port: int, name: str, ranks: int, ext
     command += ["--max-model-len", "4096", "--max-num-seqs", "16"]
     if ranks > 1:
         command += ["--tensor-parallel-size", str(ranks), "--enable-expert-parallel"]
+    else:
+        # One process less to start: on two cores that is a quarter of the time to ready.
+        command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     return command + extra
 
 
