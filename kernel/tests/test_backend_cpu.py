@@ -75,6 +75,17 @@ def test_agrees_with_the_oracle(shape, precision, rng):
             check(run(backend, batch), expected, precision)
 
 
+@pytest.mark.parametrize("tokens", [30, 66])
+@pytest.mark.parametrize("variant", [v for v in cpu_variants.VARIANTS if v != "torch"])
+def test_rows_of_several_pieces(variant, tokens, rng):
+    """Rows are decoded in pieces of 256 or 512; their sums stay in registers for few tokens, in memory for many."""
+    g = geometry(hidden=656, intermediate=528, experts=2, top_k=1)
+    weights = random_weights(g, rng)
+    batch = random_batch(g, tokens, rng)
+    batch = batch._replace(topk_ids=torch.zeros_like(batch.topk_ids))
+    check(run(prepared(variant, g, weights), batch), moe_oracle(weights, *batch, None, LIMIT, "w4a16"))
+
+
 @pytest.mark.parametrize("limit", [None, 0.3])
 @pytest.mark.parametrize("variant", cpu_variants.VARIANTS)
 def test_swiglu_limit(variant, limit, rng):

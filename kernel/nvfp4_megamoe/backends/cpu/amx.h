@@ -2,8 +2,10 @@
 //
 // The weights are the first operand of the tile product, so decoded rows are used as they are; the tokens are the
 // second, which wants pairs of elements of 16 tokens side by side. A panel holds tokens in that form, in blocks of 16:
-// [block][vector of 32 operands][16 pairs][16 tokens][2].
+// [block][vector of 32 operands][16 pairs][16 tokens][2]. Sums come as tiles of [16 rows][16 tokens].
 #pragma once
+
+#include <algorithm>
 
 #include "dot.h"
 
@@ -66,25 +68,39 @@ inline void pack_block(const operand* const* tokens, int count, int64_t begin, i
 struct TileContext {};
 inline bool amx_usable() { return true; }
 
+inline thread_local float emulated_tiles[4][kTileFloats];
+
 template <int kGroups, int kBlocks>
-inline void tile_products(const operand* w, int64_t w_stride, const operand* x, int64_t x_stride, int64_t vectors,
-                          float* c) {
+inline void tiles_zero() {
+  std::memset(emulated_tiles, 0, sizeof emulated_tiles);
+}
+
+template <int kGroups, int kBlocks>
+inline void tiles_load(const float* c) {
+  std::memcpy(emulated_tiles, c, sizeof(float) * kGroups * kBlocks * kTileFloats);
+}
+
+template <int kGroups, int kBlocks>
+inline void tiles_store(float* c) {
+  std::memcpy(c, emulated_tiles, sizeof(float) * kGroups * kBlocks * kTileFloats);
+}
+
+template <int kGroups, int kBlocks>
+inline void tiles_multiply(const operand* w, int64_t w_stride, const operand* x, int64_t x_stride) {
+  const auto value = [](uint32_t bits) {
+    bits <<= 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
   for (int g = 0; g < kGroups; ++g)
     for (int b = 0; b < kBlocks; ++b)
       for (int row = 0; row < kTile; ++row)
-        for (int m = 0; m < kTile; ++m) {
-          float sum = 0.0f;
-          for (int64_t k = 0; k < vectors * kOperandLanes; ++k) {
-            const int64_t v = k / kOperandLanes, lane = k % kOperandLanes;
-            const uint32_t wb = w[g * w_stride + (v * kTile + row) * kOperandLanes + lane];
-            const uint32_t xb = x[b * x_stride + v * kPanelVector + (lane / 2 * kTile + m) * 2 + lane % 2];
-            float wf, xf;
-            std::memcpy(&wf, &(const uint32_t&)(wb << 16), 4);
-            std::memcpy(&xf, &(const uint32_t&)(xb << 16), 4);
-            sum += wf * xf;
-          }
-          c[(g * kBlocks + b) * kTileFloats + row * kTile + m] = sum;
-        }
+        for (int m = 0; m < kTile; ++m)
+          for (int lane = 0; lane < kOperandLanes; ++lane)
+            emulated_tiles[g * kBlocks + b][row * kTile + m] +=
+                value(w[g * w_stride + row * kOperandLanes + lane]) *
+                value(x[b * x_stride + (lane / 2 * kTile + m) * 2 + lane % 2]);
 }
 
 #else
@@ -123,69 +139,200 @@ class TileContext {
   alignas(64) uint8_t former_[64];
 };
 
-// kGroups x 16 decoded rows times kBlocks x 16 tokens; strides between groups and between blocks in operands.
-// c: [group][block][row][token].
+// Tiles 0 .. 3 hold the sums of kGroups x 16 rows and kBlocks x 16 tokens as [group][block]; in memory a tile is
+// [row][token].
 template <int kGroups, int kBlocks>
-inline void tile_products(const operand* w, int64_t w_stride, const operand* x, int64_t x_stride, int64_t vectors,
-                          float* c) {
+inline void tiles_zero() {
   _tile_zero(0);
-  if constexpr (kBlocks > 1) _tile_zero(1);
-  if constexpr (kGroups > 1) _tile_zero(2);
-  if constexpr (kGroups > 1 && kBlocks > 1) _tile_zero(3);
-  for (int64_t v = 0; v < vectors; ++v) {
-    _tile_loadd(4, w + v * kTile * kOperandLanes, 64);
-    _tile_loadd(6, x + v * kPanelVector, 64);
-    _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kGroups * kBlocks > 1) _tile_zero(1);
+  if constexpr (kGroups * kBlocks > 2) _tile_zero(2);
+  if constexpr (kGroups * kBlocks > 2) _tile_zero(3);
+}
+
+template <int kGroups, int kBlocks>
+inline void tiles_load(const float* c) {
+  _tile_loadd(0, c, 64);
+  if constexpr (kGroups * kBlocks > 1) _tile_loadd(1, c + kTileFloats, 64);
+  if constexpr (kGroups * kBlocks > 2) _tile_loadd(2, c + 2 * kTileFloats, 64);
+  if constexpr (kGroups * kBlocks > 2) _tile_loadd(3, c + 3 * kTileFloats, 64);
+}
+
+template <int kGroups, int kBlocks>
+inline void tiles_store(float* c) {
+  _tile_stored(0, c, 64);
+  if constexpr (kGroups * kBlocks > 1) _tile_stored(1, c + kTileFloats, 64);
+  if constexpr (kGroups * kBlocks > 2) _tile_stored(2, c + 2 * kTileFloats, 64);
+  if constexpr (kGroups * kBlocks > 2) _tile_stored(3, c + 3 * kTileFloats, 64);
+}
+
+// One vector of decoded rows times that of the tokens; strides between groups and between blocks in operands.
+template <int kGroups, int kBlocks>
+inline void tiles_multiply(const operand* w, int64_t w_stride, const operand* x, int64_t x_stride) {
+  asm volatile("" ::: "memory");  // GCC does not know that the loads below read what was stored
+  _tile_loadd(6, x, 64);
+  _tile_loadd(4, w, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kBlocks > 1) {
+    _tile_loadd(7, x + x_stride, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (kGroups > 1) {
+    _tile_loadd(5, w + w_stride, 64);
     if constexpr (kBlocks > 1) {
-      _tile_loadd(7, x + x_stride + v * kPanelVector, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kGroups > 1) {
-      _tile_loadd(5, w + w_stride + v * kTile * kOperandLanes, 64);
       _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kBlocks > 1) _tile_dpbf16ps(3, 5, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(1, 5, 6);
     }
   }
-  _tile_stored(0, c, 64);
-  if constexpr (kBlocks > 1) _tile_stored(1, c + kTileFloats, 64);
-  if constexpr (kGroups > 1) _tile_stored(2, c + kBlocks * kTileFloats, 64);
-  if constexpr (kGroups > 1 && kBlocks > 1) _tile_stored(3, c + 3 * kTileFloats, 64);
 }
 
 #endif
 
+constexpr int kNarrowBlocks = 2;  // of tokens, whose sums stay in the tiles
+constexpr int kNarrowChunks = 2;  // decoded at a time: two of these and the tokens fit the first cache
+constexpr int kWideChunks = 4;
+
+// A piece of 16 rows, chunks [begin, end), being decoded row by row to [vector][16 rows][lane], block scale applied. What
+// is decoded after it, from chunk `next_begin` of `next` on, is fetched.
+class PieceDecoder {
+ public:
+  PieceDecoder(const PackedRows& w, int64_t begin, int64_t end, const PackedRows& next, int64_t next_begin, operand* to)
+      : codes_(w.codes + begin * kChunkBytes), scales_(w.scales + begin * kChunkScales),
+        next_codes_(next.codes + next_begin * kChunkBytes), next_scales_(next.scales + next_begin * kChunkScales), to_(to),
+        left_(w.k - begin * kChunk), whole_(std::min(end, w.k / kChunk) - begin), partial_(end * kChunk > w.k),
+        codes_stride_(w.k / 2), scales_stride_(w.k / kBlock), fetch_scales_(next_begin % kScalesLine == 0) {}
+
+  void row() {
+    operand* to = to_;
+    if (fetch_scales_) _mm_prefetch(reinterpret_cast<const char*>(next_scales_), _MM_HINT_T0);
+    for (int64_t i = 0; i < whole_; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(next_codes_ + i * kChunkBytes), _MM_HINT_T0);
+      chunk(load_int(codes_ + i * kChunkBytes), scale_lanes(load_scales(scales_ + i * kChunkScales, kChunkScales)), to);
+      to += kVectors * kTile * kOperandLanes;
+    }
+    if (partial_) {
+      const int64_t left = left_ - whole_ * kChunk;
+      chunk(load_int_partial(codes_ + whole_ * kChunkBytes, static_cast<int>(left / 8)),
+            scale_lanes(load_scales(scales_ + whole_ * kChunkScales, left / kBlock)), to);
+    }
+    codes_ += codes_stride_;
+    scales_ += scales_stride_;
+    next_codes_ += codes_stride_;
+    next_scales_ += scales_stride_;
+    to_ += kOperandLanes;
+  }
+
+ private:
+  static constexpr int kScalesLine = 64 / kChunkScales;  // chunks a cache line of scales
+
+  static void chunk(vint codes, vfloat scale, operand* to) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) store_operand(to + j * kTile * kOperandLanes, decode_scaled(codes, j, scale));
+  }
+
+  const uint8_t *codes_, *scales_, *next_codes_, *next_scales_;
+  operand* to_;
+  int64_t left_, whole_;
+  bool partial_;
+  int64_t codes_stride_, scales_stride_;
+  bool fetch_scales_;
+};
+
+// kGroups x 16 rows times up to kBlocks x 16 tokens. A piece of the rows is multiplied while the next is decoded.
 template <int kGroups, int kBlocks>
-inline void tile_step(const operand* w, int64_t w_stride, const operand* x, int64_t x_stride, int64_t vectors,
-                      int64_t tokens, float* c, int64_t ldc, bool add) {
-  alignas(64) float products[kGroups * kBlocks * kTileFloats], turned[kTileFloats];
-  tile_products<kGroups, kBlocks>(w, w_stride, x, x_stride, vectors, products);
-  for (int g = 0; g < kGroups; ++g) {
-    for (int b = 0; b < kBlocks; ++b) {
-      transpose16(products + (g * kBlocks + b) * kTileFloats, kTile, turned, kTile);
-      const int64_t count = tokens - b * kTile < kTile ? tokens - b * kTile : kTile;
-      for (int64_t m = 0; m < count; ++m) {
-        float* to = c + (b * kTile + m) * ldc + g * kTile;
-        const __m512 sums = _mm512_load_ps(turned + m * kTile);
-        _mm512_storeu_ps(to, add ? _mm512_add_ps(sums, _mm512_loadu_ps(to)) : sums);
+inline void narrow_product(const PackedRows* parts, const PackedRows* next, const operand* x, int64_t x_stride,
+                           operand* scratch, float* c) {
+  constexpr int64_t kBuffer = kGroups * kTile * kNarrowChunks * kChunk;
+  const int64_t chunks = padded(parts[0].k) / kChunk;
+  const operand* ready = nullptr;
+  int64_t ready_vectors = 0;
+  tiles_zero<kGroups, kBlocks>();
+  for (int64_t begin = 0, piece = 0; begin < chunks; begin += kNarrowChunks, ++piece) {
+    const int64_t end = begin + kNarrowChunks < chunks ? begin + kNarrowChunks : chunks;
+    const int64_t vectors = (end - begin) * kVectors, w_stride = ready_vectors * kTile * kOperandLanes;
+    operand* to = scratch + piece % 2 * kBuffer;
+    int64_t done = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      PieceDecoder decoder(parts[g], begin, end, end < chunks ? parts[g] : next[g], end < chunks ? end : 0,
+                           to + g * vectors * kTile * kOperandLanes);
+      for (int row = 0; row < kTile; ++row) {
+        decoder.row();
+        for (const int64_t due = (g * kTile + row + 1) * ready_vectors / (kGroups * kTile); done < due; ++done) {
+          tiles_multiply<kGroups, kBlocks>(ready + done * kTile * kOperandLanes, w_stride, x, x_stride);
+          x += kPanelVector;
+        }
       }
+    }
+    ready = to;
+    ready_vectors = vectors;
+  }
+  for (int64_t v = 0; v < ready_vectors; ++v, x += kPanelVector)
+    tiles_multiply<kGroups, kBlocks>(ready + v * kTile * kOperandLanes, ready_vectors * kTile * kOperandLanes, x, x_stride);
+  tiles_store<kGroups, kBlocks>(c);
+}
+
+template <int kGroups, int kBlocks>
+inline void wide_step(const operand* w, int64_t vectors, const operand* x, int64_t x_stride, float* c, bool add) {
+  if (add) {
+    tiles_load<kGroups, kBlocks>(c);
+  } else {
+    tiles_zero<kGroups, kBlocks>();
+  }
+  for (int64_t v = 0; v < vectors; ++v)
+    tiles_multiply<kGroups, kBlocks>(w + v * kTile * kOperandLanes, vectors * kTile * kOperandLanes, x + v * kPanelVector,
+                                     x_stride);
+  tiles_store<kGroups, kBlocks>(c);
+}
+
+// kGroups x 16 rows times the tokens of a panel. finish(m, width, c) is told, once for every two blocks of tokens or the
+// last one, that the sums of the `width` blocks from token m on are complete: c is [group][block] of tiles.
+template <int kGroups, typename Finish>
+inline void panel_product(const PackedRows* parts, const PackedRows* next, int64_t tokens, const operand* panel,
+                          int64_t panel_stride, operand* scratch, float* c, const Finish& finish) {
+  if (tokens <= 2 * kTile) {
+    const auto product = tokens <= kTile ? narrow_product<kGroups, 1> : narrow_product<kGroups, 2>;
+    product(parts, next, panel, panel_stride, scratch, c);
+    finish(0, tokens <= kTile ? 1 : 2, c);
+    return;
+  }
+  const int64_t chunks = padded(parts[0].k) / kChunk;
+  for (int64_t begin = 0; begin < chunks; begin += kWideChunks) {
+    const int64_t end = begin + kWideChunks < chunks ? begin + kWideChunks : chunks, vectors = (end - begin) * kVectors;
+    for (int g = 0; g < kGroups; ++g) {
+      PieceDecoder decoder(parts[g], begin, end, end < chunks ? parts[g] : next[g], end < chunks ? end : 0,
+                           scratch + g * vectors * kTile * kOperandLanes);
+      for (int row = 0; row < kTile; ++row) decoder.row();
+    }
+    for (int64_t m = 0; m < tokens; m += 2 * kTile) {
+      const operand* x = panel + m / kTile * panel_stride + begin * kVectors * kPanelVector;
+      // Sums that nothing is added to later are finished at once, all in one place.
+      float* to = chunks <= kWideChunks ? c : c + m / (2 * kTile) * (kGroups * kNarrowBlocks * kTileFloats);
+      const auto step = tokens - m > kTile ? wide_step<kGroups, 2> : wide_step<kGroups, 1>;
+      step(scratch, vectors, x, panel_stride, to, begin > 0);
+      if (end == chunks) finish(m, tokens - m > kTile ? 2 : 1, to);
     }
   }
 }
 
-// Decoded rows (a multiple of 16, groups of 16) times the tokens of a panel, whose vectors start at `vector`.
-inline void panel_block(const operand* scratch, int64_t rows, int64_t vectors, int64_t tokens, const operand* panel,
-                        int64_t panel_stride, int64_t vector, float* c, int64_t ldc, bool add) {
-  const int64_t w_stride = vectors * kTile * kOperandLanes;
-  for (int64_t m = 0; m < tokens; m += 2 * kTile) {
-    const operand* x = panel + m / kTile * panel_stride + vector * kPanelVector;
-    const bool pair = tokens - m > kTile;
-    for (int64_t row = 0; row < rows; row += 2 * kTile) {
-      const operand* w = scratch + row / kTile * w_stride;
-      const auto step = rows - row > kTile ? (pair ? tile_step<2, 2> : tile_step<2, 1>)
-                                           : (pair ? tile_step<1, 2> : tile_step<1, 1>);
-      step(w, w_stride, x, panel_stride, vectors, tokens - m, c + m * ldc + row, ldc, add);
+// 16 consecutive intermediates of a block of tokens, [16][16 tokens], into the block's operands; `row` is the first.
+inline void store_panel_rows(const float* values, int64_t row, operand* block) {
+  const auto rounded = [](const float* p) {  // bfloat16 in the upper half, to nearest even; NaN stays NaN
+    const __m512 x = _mm512_load_ps(p);
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  };
+  const int64_t vector = row / kChunk * kVectors, pair = row % kChunk / 8;
+  // Elements e and e + 4 of a chunk are neighbours in a vector: position_in_chunk.
+  for (int half = 0; half < 2; ++half)
+    for (int j = 0; j < kVectors; ++j) {
+      const float* from = values + (8 * half + j) * kTile;
+      const __m512i even = _mm512_srli_epi32(rounded(from), 16);
+      const __m512i both = _mm512_mask_mov_epi16(even, 0xAAAAAAAAu, rounded(from + kVectors * kTile));
+      store_operand(block + (vector + j) * kPanelVector + (pair + half) * kOperandLanes, both);
     }
-  }
 }
 
 }  // namespace nvfp4

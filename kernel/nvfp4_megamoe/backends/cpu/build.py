@@ -30,7 +30,10 @@ from nvfp4_megamoe.errors import UnsupportedError
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512"),
+    *("-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"),
+)
 REQUIRED_CPU_FLAGS = ("avx2", "fma", "f16c")
 _INSTALL = "Install a C++ compiler (Debian, Ubuntu: apt-get install g++) or point CXX at one."
 

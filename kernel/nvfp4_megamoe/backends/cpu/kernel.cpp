@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kTokenChunk = 4096;  // tokens a pass; bounds the workspace
 constexpr int64_t kTileRows = 32;      // gate rows of a block of phase 1, with as many up rows
 constexpr int64_t kPanelTokens = 512;  // tokens of a block of either phase
+constexpr int64_t kSumsKept = 1 << 17;  // outputs whose sums stay in the second cache over all experts
 constexpr int64_t kAlign = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -57,7 +58,7 @@ struct Call {
 };
 
 // Experts with at least this many tokens are multiplied on AMX tiles, where there are any.
-constexpr int64_t kPanelMinimum = 5;
+constexpr int64_t kPanelMinimum = 4;
 
 #if defined(NVFP4_AMX)
 constexpr int64_t kRowUnit = kTile;
@@ -77,7 +78,8 @@ struct Workspace {
   int32_t *order, *offsets, *cursor, *touched, *touched_count;
   int32_t *first_block, *block_count;  // of a local expert in the panel, and of the panel
   Block* blocks;
-  operand *x, *h, *panel;
+  operand *x, *h;
+  operand *x_panel, *h_panel;  // of the slots multiplied on tiles, which have no place in h
   float* y;
   int64_t bytes;
 
@@ -99,11 +101,11 @@ struct Workspace {
 #if defined(NVFP4_AMX)
     const int64_t most = slots / kTile + std::min(layer.local_experts, slots / kPanelMinimum);
     blocks = reinterpret_cast<Block*>(take(most * int64_t(sizeof(Block))));
-    panel = reinterpret_cast<operand*>(
-        take(most * kTile * padded(std::max(layer.hidden, layer.intermediate)) * int64_t(sizeof(operand))));
+    x_panel = reinterpret_cast<operand*>(take(most * kTile * padded(layer.hidden) * int64_t(sizeof(operand))));
+    h_panel = reinterpret_cast<operand*>(take(most * kTile * padded(layer.intermediate) * int64_t(sizeof(operand))));
 #else
     blocks = nullptr;
-    panel = nullptr;
+    x_panel = h_panel = nullptr;
 #endif
     x = reinterpret_cast<operand*>(
         take((layer.quantize_activations ? slots : tokens) * padded(layer.hidden) * int64_t(sizeof(operand))));
@@ -184,6 +186,21 @@ Range share(int64_t count, int64_t unit, int thread, int threads) {
 // the end of the row, operands up to the next chunk are zeroed.
 void store_lane_order(const uint16_t* row, int64_t begin, int64_t end, operand* to) {
   int64_t e = begin;
+#if defined(NVFP4_BF16)
+  const __m512i lane = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11,
+                                        10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i evens = _mm512_slli_epi16(lane, 1), odds = _mm512_or_si512(evens, _mm512_set1_epi16(1));
+  for (; e + kChunk <= end; e += kChunk) {
+    voperand v[kVectors];
+    for (int j = 0; j < kVectors; ++j) v[j] = load_operand(row + e + j * kOperandLanes);
+    const voperand even01 = _mm512_permutex2var_epi16(v[0], evens, v[1]), odd01 = _mm512_permutex2var_epi16(v[0], odds, v[1]);
+    const voperand even23 = _mm512_permutex2var_epi16(v[2], evens, v[3]), odd23 = _mm512_permutex2var_epi16(v[2], odds, v[3]);
+    store_operand(to + e, _mm512_permutex2var_epi16(even01, evens, even23));
+    store_operand(to + e + kOperandLanes, _mm512_permutex2var_epi16(odd01, evens, odd23));
+    store_operand(to + e + 2 * kOperandLanes, _mm512_permutex2var_epi16(even01, odds, even23));
+    store_operand(to + e + 3 * kOperandLanes, _mm512_permutex2var_epi16(odd01, odds, odd23));
+  }
+#endif
   for (; e + kChunk <= end; e += kChunk)
     for (int lane = 0; lane < kOperandLanes; ++lane)
       for (int j = 0; j < kVectors; ++j)
@@ -231,7 +248,7 @@ void pack_slots_quantized(const Nvfp4Layer& layer, const Call& call, const Works
 }
 
 #if defined(NVFP4_AMX)
-// The operands of every slot that is multiplied on tiles into the panel; `rows` has the operands of one slot.
+// The tokens of every slot that is multiplied on tiles into the panel; `rows` has the operands of one slot.
 template <typename Rows>
 void pack_panel(const Workspace& ws, int64_t stride, const Rows& rows, int thread, int threads) {
   constexpr int64_t kPiece = 16;  // vectors, so that a few blocks keep all threads busy
@@ -242,28 +259,14 @@ void pack_panel(const Workspace& ws, int64_t stride, const Rows& rows, int threa
     const operand* tokens[kTile];
     for (int32_t m = 0; m < block.count; ++m) tokens[m] = rows(block.first + m);
     const int64_t begin = i % pieces * kPiece;
-    pack_block(tokens, block.count, begin, std::min(vectors, begin + kPiece), ws.panel + i / pieces * kTile * stride);
+    pack_block(tokens, block.count, begin, std::min(vectors, begin + kPiece), ws.x_panel + i / pieces * kTile * stride);
   }
 }
 #endif
 
 // Rows of one or two row ranges of an expert's weights (gate and up; or only one) times tokens into sums[m][row].
-// panel: where the tokens start in the panel, or null where they are not multiplied on tiles.
 void multiply(const PackedRows* parts, int part_count, int64_t rows, int64_t tokens, const operand* const* x,
-              [[maybe_unused]] const operand* panel, ThreadScratch& scratch) {
-#if defined(NVFP4_AMX)
-  if (panel) {
-    const int64_t chunks = padded(parts[0].k) / kChunk;
-    for (int64_t begin = 0; begin < chunks; begin += kScratchChunks) {
-      const int64_t end = std::min<int64_t>(chunks, begin + kScratchChunks), vectors = (end - begin) * kVectors;
-      for (int p = 0; p < part_count; ++p)
-        decode_block<kTile>(parts[p], rows, begin, end, scratch.decoded + p * rows * vectors * kOperandLanes);
-      panel_block(scratch.decoded, rows * part_count, vectors, tokens, panel, chunks * kChunk * kTile, begin * kVectors,
-                  scratch.sums, kScratchRows, begin > 0);
-    }
-    return;
-  }
-#endif
+              ThreadScratch& scratch) {
   if (tokens <= kFusedTokens) {
     for (int p = 0; p < part_count; ++p)
       fused_block(parts[p], rows, static_cast<int>(tokens), x, scratch.sums + p * rows, kScratchRows);
@@ -279,11 +282,125 @@ void multiply(const PackedRows* parts, int part_count, int64_t rows, int64_t tok
   }
 }
 
-// Where the slots from `first` on, a whole number of blocks into their expert, start in the panel; null for the others.
-const operand* panel_of(const Workspace& ws, int64_t expert, int64_t first, int64_t stride) {
-  if (!use_panel(ws.offsets[expert + 1] - ws.offsets[expert])) return nullptr;
-  return ws.panel + (ws.first_block[expert] * int64_t{16} + first - ws.offsets[expert]) * stride;
+struct Alphas {
+  float gate, up;
+};
+
+Alphas alphas_13(const Nvfp4Layer& layer, int64_t expert) {
+  const float scale = layer.quantize_activations ? kScaleBias * input_scale_13(layer, expert) : kScaleBias;
+  return {layer.w13_global[2 * expert] * scale, layer.w13_global[2 * expert + 1] * scale};
 }
+
+float alpha_2(const Nvfp4Layer& layer, int64_t expert) {
+  const float alpha = layer.w2_global[expert] * kScaleBias;
+  return layer.quantize_activations ? alpha * layer.w2_input_scale[expert] : alpha;
+}
+
+PackedRows gate_rows(const Nvfp4Layer& layer, int64_t expert) {
+  const int64_t hidden = layer.hidden, row = expert * 2 * layer.intermediate;
+  return PackedRows{layer.w13, layer.w13_scale, hidden}.at(row);
+}
+
+PackedRows down_rows(const Nvfp4Layer& layer, int64_t expert) {
+  return PackedRows{layer.w2, layer.w2_scale, layer.intermediate}.at(expert * layer.hidden);
+}
+
+#if defined(NVFP4_AMX)
+// The touched expert after number t, or the last.
+int64_t expert_after(const Workspace& ws, int32_t t) { return ws.touched[std::min(t + 1, *ws.touched_count - 1)]; }
+
+// SwiGLU of 16 rows of a block of tokens, and for W4A4 its quantization, into the panel of GEMM 2.
+void finish_tile(const Nvfp4Layer& layer, int64_t expert, Alphas alphas, const float* gate, const float* up, int64_t row,
+                 operand* block) {
+  alignas(kAlign) float values[kTileFloats];
+  swiglu_vectors(gate, up, alphas.gate, alphas.up, layer.limit, kTileFloats, values);
+  if (layer.quantize_activations) {
+    alignas(kAlign) float turned[kTileFloats];
+    transpose16(values, kTile, turned, kTile);
+    for (int m = 0; m < kTile; ++m) {
+      uint16_t quantized[kBlock];
+      quantize_block(turned + m * kTile, layer.w2_input_scale[expert], quantized);
+      for (int i = 0; i < kBlock; ++i) turned[m * kTile + i] = from_bf16(quantized[i]);
+    }
+    transpose16(turned, kTile, values, kTile);
+  }
+  store_panel_rows(values, row, block);
+}
+
+// Rows `mine` of gate and up of touched expert number t.
+void gemm1_on_tiles(const Nvfp4Layer& layer, const Workspace& ws, int32_t t, Range mine, ThreadScratch& scratch) {
+  const int64_t expert = ws.touched[t], inter = layer.intermediate;
+  const int64_t x_stride = kTile * padded(layer.hidden), h_stride = kTile * padded(inter);
+  const PackedRows gate = gate_rows(layer, expert), next_gate = gate_rows(layer, expert_after(ws, t));
+  const Alphas alphas = alphas_13(layer, expert);
+  const int64_t slots = ws.offsets[expert + 1] - ws.offsets[expert];
+  for (int64_t first = 0; first < slots; first += kPanelTokens) {
+    const int64_t tokens = std::min<int64_t>(slots - first, kPanelTokens), block = ws.first_block[expert] + first / kTile;
+    for (int64_t row = mine.begin; row < mine.end; row += kTile) {
+      const PackedRows parts[] = {gate.at(row), gate.at(inter + row)};
+      const bool last = row + kTile >= mine.end;
+      const PackedRows next[] = {last ? next_gate.at(mine.begin) : parts[0].at(kTile),
+                                 last ? next_gate.at(inter + mine.begin) : parts[1].at(kTile)};
+      const auto finish = [&](int64_t m, int width, const float* sums) {
+        for (int b = 0; b < width; ++b, sums += kTileFloats)
+          finish_tile(layer, expert, alphas, sums, sums + width * kTileFloats, row,
+                      ws.h_panel + (block + m / kTile + b) * h_stride);
+      };
+      panel_product<2>(parts, next, tokens, ws.x_panel + block * x_stride, x_stride, scratch.decoded, scratch.sums, finish);
+    }
+  }
+}
+
+// Rows `mine` of w2 of touched expert number t, added to y.
+void gemm2_on_tiles(const Nvfp4Layer& layer, const Call& call, const Workspace& ws, int32_t t, Range mine,
+                    ThreadScratch& scratch) {
+  const int64_t expert = ws.touched[t], h_stride = kTile * padded(layer.intermediate);
+  const PackedRows down = down_rows(layer, expert), next_down = down_rows(layer, expert_after(ws, t)).at(mine.begin);
+  const float alpha = alpha_2(layer, expert);
+  const int64_t begin = ws.offsets[expert], slots = ws.offsets[expert + 1] - begin;
+  for (int64_t first = 0; first < slots; first += kPanelTokens) {
+    const int64_t tokens = std::min<int64_t>(slots - first, kPanelTokens), block = ws.first_block[expert] + first / kTile;
+    const operand* h = ws.h_panel + block * h_stride;
+    for (int64_t row = mine.begin; row < mine.end; row += 2 * kTile) {
+      const int groups = mine.end - row > kTile ? 2 : 1;
+      const PackedRows parts[] = {down.at(row), down.at(row + kTile)};
+      const bool last = row + 2 * kTile >= mine.end;
+      const PackedRows next[] = {last ? next_down : down.at(row + 2 * kTile),
+                                 last ? next_down.at(kTile) : down.at(row + 3 * kTile)};
+      const auto finish = [&](int64_t m, int width, const float* sums) {
+        for (int b = 0; b < width; ++b, m += kTile) {
+          alignas(kAlign) float turned[2][kTileFloats];
+          for (int g = 0; g < groups; ++g) transpose16(sums + (g * width + b) * kTileFloats, kTile, turned[g], kTile);
+          const int64_t count = std::min<int64_t>(kTile, tokens - m);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t slot = ws.order[begin + first + m + i];
+            float* y = ws.y + slot / layer.top_k * layer.hidden + row;
+            const __m512 factor = _mm512_set1_ps(alpha * call.weights[slot]);
+            for (int g = 0; g < groups; ++g, y += kTile)
+              _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_load_ps(turned[g] + i * kTile), factor, _mm512_loadu_ps(y)));
+          }
+        }
+      };
+      if (groups == 2) {
+        panel_product<2>(parts, next, tokens, h, h_stride, scratch.decoded, scratch.sums, finish);
+      } else {
+        panel_product<1>(parts, next, tokens, h, h_stride, scratch.decoded, scratch.sums, finish);
+      }
+    }
+  }
+}
+
+// The operands between the end of a row of the panel of GEMM 2 and its last chunk.
+void clear_panel_end(const Nvfp4Layer& layer, const Workspace& ws) {
+  const int64_t inter = layer.intermediate, stride = kTile * padded(inter), vector = inter / kChunk * kVectors;
+  const int64_t begin = inter % kChunk / 8 * kOperandLanes;  // of a vector, after whole pairs
+  for (int64_t block = 0; block < *ws.block_count; ++block)
+    for (int64_t v = vector; v < vector + kVectors; ++v) {
+      operand* to = ws.h_panel + block * stride + v * kPanelVector;
+      std::fill(to + begin, to + kPanelVector, operand(0));
+    }
+}
+#endif
 
 void gemm1(const Nvfp4Layer& layer, const Workspace& ws, int thread, int threads) {
   ThreadScratch& scratch = thread_scratch();
@@ -294,15 +411,14 @@ void gemm1(const Nvfp4Layer& layer, const Workspace& ws, int thread, int threads
   const operand* x[kPanelTokens];
   for (int32_t t = 0; t < *ws.touched_count; ++t) {
     const int64_t expert = ws.touched[t];
-    const PackedRows gate{layer.w13 + expert * 2 * inter * (hidden / 2),
-                          layer.w13_scale + expert * 2 * inter * (hidden / kBlock), hidden};
-    float gate_alpha = layer.w13_global[2 * expert] * kScaleBias;
-    float up_alpha = layer.w13_global[2 * expert + 1] * kScaleBias;
-    if (layer.quantize_activations) {
-      const float scale = input_scale_13(layer, expert);
-      gate_alpha *= scale;
-      up_alpha *= scale;
+#if defined(NVFP4_AMX)
+    if (use_panel(ws.offsets[expert + 1] - ws.offsets[expert])) {
+      gemm1_on_tiles(layer, ws, t, mine, scratch);
+      continue;
     }
+#endif
+    const PackedRows gate = gate_rows(layer, expert);
+    const Alphas alphas = alphas_13(layer, expert);
     for (int64_t first = ws.offsets[expert]; first < ws.offsets[expert + 1]; first += kPanelTokens) {
       const int64_t tokens = std::min<int64_t>(ws.offsets[expert + 1] - first, kPanelTokens);
       for (int64_t m = 0; m < tokens; ++m)
@@ -310,12 +426,12 @@ void gemm1(const Nvfp4Layer& layer, const Workspace& ws, int thread, int threads
       for (int64_t row = mine.begin; row < mine.end; row += kTileRows) {
         const int64_t rows = std::min(kTileRows, mine.end - row);
         const PackedRows parts[2] = {gate.at(row), gate.at(inter + row)};
-        multiply(parts, 2, rows, tokens, x, panel_of(ws, expert, first, x_stride), scratch);
+        multiply(parts, 2, rows, tokens, x, scratch);
         for (int64_t m = 0; m < tokens; ++m) {
           const float* sums = scratch.sums + m * kScratchRows;
           float activated[kTileRows];
           uint16_t values[kTileRows];
-          swiglu(sums, sums + rows, gate_alpha, up_alpha, layer.limit, rows, activated);
+          swiglu(sums, sums + rows, alphas.gate, alphas.up, layer.limit, rows, activated);
           if (layer.quantize_activations) {
             for (int64_t i = 0; i < rows; i += kBlock)
               quantize_block(activated + i, layer.w2_input_scale[expert], values + i);
@@ -337,6 +453,9 @@ void gemm1(const Nvfp4Layer& layer, const Workspace& ws, int thread, int threads
     for (int64_t slot = 0; slot < slots; ++slot)
       for (int64_t e = inter % kChunk; e < kChunk; ++e)
         ws.h[slot * h_stride + base + position_in_chunk(static_cast<int>(e))] = operand(0);
+#if defined(NVFP4_AMX)
+    clear_panel_end(layer, ws);
+#endif
   }
 }
 
@@ -345,34 +464,42 @@ void gemm2(const Nvfp4Layer& layer, const Call& call, const Workspace& ws, int t
   const int64_t hidden = layer.hidden, inter = layer.intermediate, h_stride = padded(inter);
   const Range mine = share(hidden, kRowUnit, thread, threads);
   const operand* h[kPanelTokens];
-  for (int64_t row = mine.begin; row < mine.end; row += kScratchRows) {
-    const int64_t rows = std::min<int64_t>(kScratchRows, mine.end - row);
+  const int64_t step = std::max<int64_t>(kScratchRows, kSumsKept / call.tokens / kScratchRows * kScratchRows);
+  for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
+    const Range part{begin, std::min(mine.end, begin + step)};
     for (int64_t token = 0; token < call.tokens; ++token)
-      std::fill_n(ws.y + token * hidden + row, rows, 0.0f);
+      std::fill(ws.y + token * hidden + part.begin, ws.y + token * hidden + part.end, 0.0f);
     for (int32_t t = 0; t < *ws.touched_count; ++t) {
       const int64_t expert = ws.touched[t];
-      const PackedRows down{layer.w2 + expert * hidden * (inter / 2), layer.w2_scale + expert * hidden * (inter / kBlock),
-                            inter};
-      float alpha = layer.w2_global[expert] * kScaleBias;
-      if (layer.quantize_activations) alpha *= layer.w2_input_scale[expert];
+#if defined(NVFP4_AMX)
+      if (use_panel(ws.offsets[expert + 1] - ws.offsets[expert])) {
+        gemm2_on_tiles(layer, call, ws, t, part, scratch);
+        continue;
+      }
+#endif
+      const PackedRows down = down_rows(layer, expert);
+      const float alpha = alpha_2(layer, expert);
       for (int64_t first = ws.offsets[expert]; first < ws.offsets[expert + 1]; first += kPanelTokens) {
         const int64_t tokens = std::min<int64_t>(ws.offsets[expert + 1] - first, kPanelTokens);
         for (int64_t m = 0; m < tokens; ++m) h[m] = ws.h + (first + m) * h_stride;
-        const PackedRows part = down.at(row);
-        multiply(&part, 1, rows, tokens, h, panel_of(ws, expert, first, h_stride), scratch);
-        for (int64_t m = 0; m < tokens; ++m) {
-          const int64_t slot = ws.order[first + m];
-          const float weight = call.weights[slot];
-          const float* sums = scratch.sums + m * kScratchRows;
-          float* y = ws.y + slot / layer.top_k * hidden + row;
-          for (int64_t i = 0; i < rows; ++i) y[i] += sums[i] * alpha * weight;
+        for (int64_t row = part.begin; row < part.end; row += kScratchRows) {
+          const int64_t rows = std::min<int64_t>(kScratchRows, part.end - row);
+          const PackedRows weights = down.at(row);
+          multiply(&weights, 1, rows, tokens, h, scratch);
+          for (int64_t m = 0; m < tokens; ++m) {
+            const int64_t slot = ws.order[first + m];
+            const float weight = call.weights[slot];
+            const float* sums = scratch.sums + m * kScratchRows;
+            float* y = ws.y + slot / layer.top_k * hidden + row;
+            for (int64_t i = 0; i < rows; ++i) y[i] += sums[i] * alpha * weight;
+          }
         }
       }
     }
     for (int64_t token = 0; token < call.tokens; ++token) {
-      const float* y = ws.y + token * hidden + row;
-      uint16_t* out = call.out + token * call.out_stride + row;
-      for (int64_t i = 0; i < rows; ++i) out[i] = to_bf16(y[i]);
+      const float* y = ws.y + token * hidden;
+      uint16_t* out = call.out + token * call.out_stride;
+      for (int64_t i = part.begin; i < part.end; ++i) out[i] = to_bf16(y[i]);
     }
   }
 }
@@ -408,18 +535,11 @@ void run_thread(const Nvfp4Layer& layer, const Call& call, const Workspace& ws, 
 #endif
   gemm1(layer, ws, thread, threads);
   wait();
-#if defined(NVFP4_AMX)
-  if (tiles) {
-    const int64_t stride = padded(layer.intermediate);
-    pack_panel(ws, stride, [&](int64_t place) { return ws.h + place * stride; }, thread, threads);
-    wait();
-  }
-#endif
   gemm2(layer, call, ws, thread, threads);
 }
 
 // Below this, threads would wait for each other longer than they work.
-constexpr int64_t kOneThreadNanoseconds = 50'000;
+constexpr int64_t kOneThreadNanoseconds = 20'000;
 
 void run_chunk(const Nvfp4Layer& layer, const Call& call, uint8_t* base) {
   Workspace ws(layer, call.tokens, base);
