@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -15,10 +15,19 @@ class Backend(Protocol):
     """Kernels for one MoE layer on one device.
 
     ``prepare`` is called once, after the weights are in place; ``forward`` any number of times after it.
+
+    Attributes:
+        name: as in the table of ``select.py``.
+        precisions: of the activations that the kernels offer, the default first.
+        precision: the one that this instance computes with.
     """
 
     name: str
+    precisions: ClassVar[tuple[str, ...]]
     precision: str
+
+    def __init__(self, geometry: MoEGeometry, precision: str | None = None) -> None:
+        """For one layer of ``geometry``; the default precision where ``precision`` is None."""
 
     @classmethod
     def unsupported_reason(cls, geometry: MoEGeometry, device: torch.device) -> str | None:
