@@ -135,9 +135,14 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "name", "blocks"), [(4, "gemm1_n128", 147), (192, "gemm1_n256", 147), (400, "gemm1_pair", 146)]
+    ("tokens", "names", "blocks"),
+    [
+        (4, ("gemm1_n128", "gemm2_n128"), 147),
+        (192, ("gemm1_n256", "gemm2_n128"), 147),
+        (400, ("gemm1_pair", "gemm2_pair"), 146),
+    ],
 )
-def test_variant_follows_the_shapes_alone(rng, tokens, name, blocks):
+def test_variant_follows_the_shapes_alone(rng, tokens, names, blocks):
     recorder = Recorder()
     made, _ = prepared(rng, recorder)
     made.blocks = 147
@@ -146,7 +151,7 @@ def test_variant_follows_the_shapes_alone(rng, tokens, name, blocks):
     for routed in (ids, torch.full_like(ids, -1)):
         made.forward(x, routed, weight, expert_map, torch.empty_like(x), workspace)
     for sequence in (recorder.calls[:4], recorder.calls[4:]):
-        assert [call[:2] for call in sequence[1:3]] == [(name, blocks), ("gemm2_n128", 147)]
+        assert [call[:2] for call in sequence[1:3]] == [(name, blocks) for name in names]
         assert sequence[0][1] == tokens * (1 if made.parameters.one_scale else 2)
         for called, _, args in sequence:
             kinds = "".join("q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i" for a in args)

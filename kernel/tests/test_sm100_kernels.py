@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from nvfp4_megamoe.numerics import metrics, nvfp4
+from ptx_model.configurations import FULL, GEMM2_LIMIT, REDUCED
 from ptx_model.layer_cases import (
-    codes_equal,
+    agreement_of,
     expected_output,
     gemm1,
     gemm2,
@@ -15,11 +16,9 @@ from ptx_model.layer_cases import (
     quantize,
     sum_slots,
 )
-from ptx_model.testing import full, needs_compiler
+from ptx_model.testing import fresh_seed, full, needs_compiler
 
 pytestmark = needs_compiler
-RAGGED = [37, 0, 130, 5]
-PAIRED = [3, 0, 300, 140]
 
 
 @pytest.mark.parametrize("one_scale", [True, False])
@@ -38,50 +37,52 @@ def test_quantize_rows_equals_the_reference_bit_for_bit(one_scale):
         assert torch.equal(codes[row], expected.packed)
 
 
-@pytest.mark.parametrize(
-    ("counts", "hidden", "inter", "tile", "blocks", "one_scale"),
-    [
-        pytest.param(RAGGED, 512, 256, "n128", 3, False, id="ragged-n128"),
-        pytest.param([3, 140], 512, 256, "n256", 2, True, id="ragged-n256"),
-        pytest.param(PAIRED, 512, 256, "pair", 4, False, id="ragged-pair"),
-        pytest.param([9], 7168, 128, "n128", 2, False, id="k7168-n128"),
-        pytest.param([0, 0], 512, 256, "n128", 2, False, id="no-slot"),
-        *(pytest.param(RAGGED, 7168, 256, "n128", 3, i % 2 > 0, id=f"full-n128-{i}", marks=full) for i in range(5)),
-        *(pytest.param(RAGGED, 7168, 256, "n256", 3, i % 2 > 0, id=f"full-n256-{i}", marks=full) for i in range(5)),
-        *(
-            pytest.param([37, 0, 300, 5], 7168, 256, "pair", 4, i % 2 > 0, id=f"full-pair-{i}", marks=full)
-            for i in range(5)
-        ),
-    ],
-)
-def test_gemm1_codes(counts, hidden, inter, tile, blocks, one_scale):
-    case = make_case(counts, hidden, max(inter, 256), one_scale)
-    out, out_scale, _ = gemm1(case, *quantize(case), f"gemm1_{tile}", blocks)
-    if sum(counts):
-        assert codes_equal(case, out, out_scale) >= 0.9999
-    else:
-        assert (out == 0xA5).all()
+@pytest.mark.parametrize("configuration", REDUCED, ids=lambda c: f"{c.kernel}-{c.name}")
+def test_gemm(configuration):
+    found = configuration.run()
+    assert found["passed"], found
 
 
-@pytest.mark.parametrize(
-    ("counts", "hidden", "inter", "mode"),
-    [
-        pytest.param(RAGGED, 256, 512, "", id="ragged"),
-        pytest.param(RAGGED, 256, 512, "_add", id="ragged-add"),
-        pytest.param([9], 256, 3072, "", id="k3072"),
-        *(pytest.param(RAGGED, 512, 3072, "", id=f"full-{i}", marks=full) for i in range(5)),
-        *(pytest.param(RAGGED, 512, 3072, "_add", id=f"full-add-{i}", marks=full) for i in range(5)),
-    ],
-)
-def test_gemm2_rows(counts, hidden, inter, mode):
-    case = make_case(counts, hidden, inter, one_scale=False)
-    rows = gemm2(case, *oracle_images(case), f"gemm2_n128{mode}", 3)
-    y = rows if mode else sum_slots(case, rows)
-    assert metrics.relative_l2(y, expected_output(case)) <= 5e-3
+@full
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("configuration", FULL, ids=lambda c: f"{c.kernel}-{c.name}")
+def test_gemm_at_full_k(configuration, number):
+    seed = fresh_seed()
+    found = configuration.run(seed)
+    assert found["passed"], found
+
+
+@pytest.mark.parametrize("name", ["gemm1_n128", "gemm1_pair"])
+def test_batch_without_a_slot_writes_nothing(name):
+    case = make_case([0, 0], 512, 256, one_scale=False)
+    out, *_ = gemm1(case, *quantize(case), name, 2)
+    assert (out == 0xA5).all()
+
+
+@pytest.mark.parametrize("name", ["gemm2_pair", "gemm2_pair_add"])
+def test_second_block_without_slots_reads_an_image_that_is_there(name):
+    """The last expert has an odd number of images, and nothing lies behind the last one."""
+    case = make_case([150, 140, 1], 256, 256, one_scale=False)
+    images = [image[:5].contiguous() for image in oracle_images(case)]
+    rows, _ = gemm2(case, *images, name, 2)
+    y = rows if name.endswith("add") else sum_slots(case, rows)
+    assert metrics.relative_l2(y, expected_output(case)) <= GEMM2_LIMIT
+
+
+def test_differences_are_explained_by_rounding_alone():
+    """A much coarser exponential still has few differences; the agreement must not take them for ties."""
+    case = make_case([130], 512, 512, one_scale=False)
+    activations = quantize(case)
+    out, out_scale, _ = gemm1(case, *activations, "gemm1_n128", 2)
+    assert agreement_of(case, out, out_scale).right
+    coarse, coarse_scale, _ = gemm1(case, *activations, "gemm1_n128", 2, approximation_ulps=1 << 14)
+    assert agreement_of(case, coarse, coarse_scale).unexplained > 0
+    out[0, 0, 5] ^= 0x11
+    assert agreement_of(case, out, out_scale).unexplained > 0
 
 
 def test_two_stage_sum_gives_the_same_bits_in_any_order_of_events():
     case = make_case([20, 30], 256, 256, one_scale=False)
     images = oracle_images(case)
-    outs = [sum_slots(case, gemm2(case, *images, "gemm2_n128", 2, seed=seed)) for seed in (1, 2)]
+    outs = [sum_slots(case, gemm2(case, *images, "gemm2_n128", 2, seed=seed)[0]) for seed in (1, 2)]
     assert torch.equal(*outs)

@@ -14,6 +14,7 @@ from nvfp4_megamoe.moe.weights import ExpertWeights
 from nvfp4_megamoe.numerics import nvfp4
 
 from . import own_kernels
+from .agreement import Agreement
 from .machine import Machine
 from .testing import fresh_seed
 
@@ -73,9 +74,11 @@ def random_ids(rng: torch.Generator, counts: list[int], top_k: int) -> torch.Ten
     return ids
 
 
-def make_case(counts: list[int], hidden: int, inter: int, one_scale: bool, top_k: int = 2) -> Case:
+def make_case(
+    counts: list[int], hidden: int, inter: int, one_scale: bool, top_k: int = 2, seed: int | None = None
+) -> Case:
     """A batch in which local expert e gets counts[e] slots; the other choices have no expert here."""
-    seed = fresh_seed()
+    seed = fresh_seed() if seed is None else seed
     rng = torch.Generator().manual_seed(seed)
     ids = random_ids(rng, counts, top_k)
     weights = random_weights(rng, len(counts), hidden, inter, one_scale)
@@ -109,16 +112,17 @@ def gemm1(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, block
     return out, out_scale, machine
 
 
-def gemm2(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, blocks: int, **options) -> torch.Tensor:
-    """Weighted rows of GEMM 2: one for each slot, or summed by token for the adding variant."""
+def gemm2(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, blocks: int, **options):
+    """Weighted rows of GEMM 2, one for each slot or summed by token for the adding variant, and the machine."""
     (tokens, hidden), plan = case.x.shape, case.plan
     rows = tokens if name.endswith("add") else case.topk_ids.numel()
     out = torch.zeros(rows, hidden, dtype=torch.bfloat16)
-    args = [codes, scale, _UNUSED, case.arranged.w2, case.arranged.w2_scale, plan.tiles, plan.num_tiles]
+    table = (plan.pairs, plan.num_pairs) if "pair" in name else (plan.tiles, plan.num_tiles)
+    args = [codes, scale, _UNUSED, case.arranged.w2, case.arranged.w2_scale, *table]
     args += [case.parameters.second, out, _UNUSED, plan.order, case.topk_weights, case.top_k, hidden]
     args += [case.weights.intermediate, LIMIT, blocks]
-    own_kernels.execute(name, args, **({"seed": case.seed} | options))
-    return out
+    machine = own_kernels.execute(name, args, **({"seed": case.seed} | options))
+    return out, machine
 
 
 def sum_slots(case: Case, rows: torch.Tensor) -> torch.Tensor:
@@ -137,17 +141,18 @@ def stages_of(case: Case):
             yield expert, flat, rows, expert_stages(case.weights, expert, case.x[flat // case.top_k], LIMIT, "w4a4")
 
 
+def agreement_of(case: Case, out: torch.Tensor, out_scale: torch.Tensor) -> Agreement:
+    """GEMM 1's images against the oracle."""
+    codes, scale = layout.codes_of(out.flatten(2)), layout.scales_of(out_scale.flatten(2))
+    result = Agreement()
+    for expert, _, rows, stages in stages_of(case):
+        result.add(case.weights, expert, stages, codes[rows], scale[rows], LIMIT)
+    return result
+
+
 def codes_equal(case: Case, out: torch.Tensor, out_scale: torch.Tensor) -> float:
     """Share of GEMM 1's codes that equal the oracle's, block scales counted with them."""
-    codes, scale = layout.codes_of(out.flatten(2)), layout.scales_of(out_scale.flatten(2))
-    same = total = 0
-    for expert, _, rows, stages in stages_of(case):
-        expected = nvfp4.quantize(stages.activated.float(), case.weights.w2_input_scale[expert])
-        pairs = [(codes[rows] & 15, expected.packed & 15), (codes[rows] >> 4, expected.packed >> 4)]
-        for got, right in (*pairs, (scale[rows], expected.block_scale.view(torch.uint8))):
-            same += int((got == right).sum())
-            total += got.numel()
-    return same / total
+    return agreement_of(case, out, out_scale).equal
 
 
 def oracle_images(case: Case) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from nvfp4_megamoe.backends.sm100 import driver, objects
 from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, IMAGE_K, SCALE_BYTES
-from nvfp4_megamoe.backends.sm100.plan import make_plan, max_tiles
+from nvfp4_megamoe.backends.sm100.plan import Plan, make_plan, max_tiles
 from nvfp4_megamoe.backends.sm100.weights import Parameters, arrange
 from nvfp4_megamoe.errors import UnsupportedError
 
@@ -40,6 +40,11 @@ def first_variant(slots: int, experts: int) -> str:
     if slots >= 256 * experts:
         return "gemm1_pair"
     return "gemm1_n256" if slots >= 128 * experts else "gemm1_n128"
+
+
+def second_variant(slots: int, experts: int) -> str:
+    """Kernel of GEMM 2: in pairs where GEMM 1 is, for the same reason."""
+    return "gemm2_pair" if slots >= 256 * experts else "gemm2_n128"
 
 
 class Sm100Backend:
@@ -134,16 +139,23 @@ class Sm100Backend:
             len(plan.source),
             [x, plan.source, p.input_scales, views["codes"], views["scales"], hidden],
         )
-        name, blocks, tiles = first_variant(tokens * top_k, w.num_experts), self.blocks, (plan.tiles, plan.num_tiles)
-        if name == "gemm1_pair":
-            blocks, tiles = blocks // 2 * 2, (plan.pairs, plan.num_pairs)
+        name = first_variant(tokens * top_k, w.num_experts)
+        blocks, tiles = self._tiles(name, plan)
         first = [views["codes"], views["scales"], plan.a_row, w.w13, w.w13_scale, *tiles, p.first]
         first += [views["inter"], views["inter_scales"], plan.order, topk_weights, top_k, 2 * inter, hidden, self.limit]
         launch(name, blocks, first)
-        second = [views["inter"], views["inter_scales"], plan.a_row, w.w2, w.w2_scale, plan.tiles, plan.num_tiles]
+        name = second_variant(tokens * top_k, w.num_experts)
+        blocks, tiles = self._tiles(name, plan)
+        second = [views["inter"], views["inter_scales"], plan.a_row, w.w2, w.w2_scale, *tiles]
         second += [p.second, views["slot_rows"], views["scales"], plan.order, topk_weights, top_k, hidden, inter]
-        launch("gemm2_n128", self.blocks, [*second, self.limit])
+        launch(name, blocks, [*second, self.limit])
         launch("sum_slots", tokens, [views["slot_rows"], plan.here, out, top_k, hidden])
+
+    def _tiles(self, name: str, plan: Plan) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Blocks of a GEMM's launch, and its table with the number of rows."""
+        if "pair" in name:
+            return self.blocks // 2 * 2, (plan.pairs, plan.num_pairs)
+        return self.blocks, (plan.tiles, plan.num_tiles)
 
     def _carve(self, workspace: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
         """Parts of the workspace."""

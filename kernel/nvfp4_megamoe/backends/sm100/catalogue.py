@@ -11,7 +11,17 @@ import tempfile
 from nvfp4_megamoe.backends.sm100.objects import KernelObject
 
 ARCH = "sm_100a"
-NAMES = ("quantize_rows", "gemm1_n128", "gemm1_n256", "gemm1_pair", "gemm2_n128", "gemm2_n128_add", "sum_slots")
+NAMES = (
+    "quantize_rows",
+    "gemm1_n128",
+    "gemm1_n256",
+    "gemm1_pair",
+    "gemm2_n128",
+    "gemm2_n128_add",
+    "gemm2_pair",
+    "gemm2_pair_add",
+    "sum_slots",
+)
 # Arguments of the host entry: q address, i int32, f float32. The last int32 of each is a launch size alone.
 _ARGUMENTS = {"quantize_rows": "qqqqqii", "sum_slots": "qqqiii", "gemm": "qqqqqqqqqqqqiiifi"}
 
@@ -54,10 +64,9 @@ def source(name: str):
     from nvfp4_megamoe.backends.sm100.gemm import GroupedGemm
     from nvfp4_megamoe.backends.sm100.quantize import QuantizeRows
 
-    if name == "gemm1_pair":
-        return GroupedGemm(first=True, tile_n=256, pair=True)
-    if match := re.fullmatch(r"gemm(?P<which>[12])_n(?P<tile>128|256)(?P<add>_add)?", name):
-        return GroupedGemm(first=match["which"] == "1", tile_n=int(match["tile"]), adds=bool(match["add"]))
+    if match := re.fullmatch(r"gemm(?P<which>[12])_(?P<tile>n128|n256|pair)(?P<add>_add)?", name):
+        tile_n = 128 if match["tile"] == "n128" else 256
+        return GroupedGemm(match["which"] == "1", tile_n, bool(match["add"]), match["tile"] == "pair")
     return {"quantize_rows": QuantizeRows, "sum_slots": SumSlots}[name]()
 
 

@@ -53,7 +53,7 @@ class GroupedGemm:
     """
 
     def __init__(self, first: bool, tile_n: int, adds: bool = False, pair: bool = False) -> None:
-        assert not pair or (first and tile_n == 2 * IMAGE_ROWS)
+        assert not pair or tile_n == 2 * IMAGE_ROWS
         self.first, self.tile_n, self.adds, self.pair = first, tile_n, adds, pair
         self.cluster = 2 if pair else 1
         self.images = tile_n // IMAGE_ROWS
@@ -295,7 +295,7 @@ class GroupedGemm:
                             place += image * CODE_BYTES
                         ptx.bulk_load(place, b + source * CODE_BYTES, CODE_BYTES, barrier)
                 if cutlass.const_expr(not self.first):
-                    source = Int64(tile.image) * steps + step
+                    source = Int64(self._image(tile)) * steps + step
                     ptx.bulk_load(base, a + source * CODE_BYTES, CODE_BYTES, barrier)
                     ptx.bulk_load(self._scales_a(base), a_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
                 stage += 1
@@ -303,6 +303,14 @@ class GroupedGemm:
                     stage = Int32(0)
                     parity ^= 1
             index += stride
+
+    @cute.jit
+    def _image(self, tile):
+        """Image of the tile's slots. A second block without any reads the first's, which is there to be read."""
+        image = tile.image
+        if cutlass.const_expr(self.pair):
+            image -= Int32(tile.rows == 0)
+        return image
 
     @cute.jit
     def _gather(self, thread, lane, a, a_scale, a_row, tiles, columns, count, k, steps, shared, full, empty, rank):
