@@ -67,11 +67,11 @@ def test_images_are_invertible_and_follow_the_closed_forms(rng, rows):
     assert torch.equal(images.flatten(), scale_layout.swizzle(scale).flatten())
 
 
-def test_gate_and_up_alternate_in_groups_of_64(rng):
+def test_gate_and_up_alternate_in_groups_of_16(rng):
     rows = torch.arange(512)[:, None]
     mixed = layout.interleave_gate_up(rows).flatten()
-    assert mixed[:64].tolist() == list(range(64))
-    assert mixed[64:128].tolist() == list(range(256, 320))
+    assert mixed[:16].tolist() == list(range(16))
+    assert mixed[16:32].tolist() == list(range(256, 272))
     assert sorted(mixed.tolist()) == list(range(512))
 
 

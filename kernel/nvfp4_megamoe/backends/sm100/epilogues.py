@@ -6,7 +6,7 @@ import cutlass
 from cutlass import Float32, Int64, Uint32, cute
 
 from nvfp4_megamoe.backends.sm100 import ptx
-from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, HALF, IMAGE_K, IMAGE_ROWS, SCALE_BYTES
+from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, GROUP, IMAGE_K, IMAGE_ROWS, SCALE_BYTES
 from nvfp4_megamoe.backends.sm100.quantize import round_block
 
 _LOG2_E = 1.4426950408889634
@@ -24,16 +24,16 @@ def swiglu(gate, up, alpha_gate, alpha_up, limit):
 
 @cute.jit
 def swiglu_epilogue(tile, row, column, address, parameters, limit, n, out, out_scale):
-    """64 columns of gate and 64 of up to 64 NVFP4 values, in the images that GEMM 2 reads.
+    """Groups of 16 columns of gate and of up to 64 NVFP4 values, in the images that GEMM 2 reads.
 
     Rows past the expert's slots are stored too: their activations are zeros, and GEMM 2 reads whole images. A tile
     without any slot has no image.
     """
     alpha_gate, alpha_up, inverse_global, global_scale = ptx.load_4xf32(parameters + Int64(tile.expert) * 16)
     codes, scales = [], Uint32(0)
-    for block in cutlass.range_constexpr(HALF // 16):
-        gate = ptx.load_columns(address + 16 * block)
-        up = ptx.load_columns(address + HALF + 16 * block)
+    for block in cutlass.range_constexpr(IMAGE_ROWS // (2 * GROUP)):
+        gate = ptx.load_columns(address + 2 * GROUP * block)
+        up = ptx.load_columns(address + 2 * GROUP * block + GROUP)
         ptx.wait_loads()
         values = [swiglu(gate[i], up[i], alpha_gate, alpha_up, limit) for i in range(16)]
         low, high, scale = round_block(values, inverse_global, global_scale)

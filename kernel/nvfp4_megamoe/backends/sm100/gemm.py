@@ -29,7 +29,7 @@ GATHER_LAG = 2
 SHARED_LIMIT = 232448
 TMEM_COLUMNS = 512
 _BLOCK_K = 64
-_STEPS = IMAGE_K // _BLOCK_K
+STEPS = IMAGE_K // _BLOCK_K
 # Shared memory descriptors without the address, in 16-byte units: stride between groups of 8 rows, version 1, swizzle.
 _OPERAND = (2 << 61) | (1 << 46) | ((1024 >> 4) << 32) | (1 << 16)
 _SCALES = (1 << 46) | ((128 >> 4) << 32) | (1 << 16)
@@ -56,34 +56,66 @@ class GroupedGemm:
         assert not pair or tile_n == 2 * IMAGE_ROWS
         self.first, self.tile_n, self.adds, self.pair = first, tile_n, adds, pair
         self.cluster = 2 if pair else 1
-        self.images = tile_n // IMAGE_ROWS
+        self.weight_rows, self.images = tile_n, tile_n // IMAGE_ROWS
+        self.own_images = self.images // self.cluster
+        self.slots, self.slot_tile, self.part_scale_bytes = IMAGE_ROWS, SCALE_BYTES // STEPS, SCALE_BYTES
         self.accumulators = 2 if tile_n == 128 else 1
         self.epilogue_warps = 4 * self.images
-        gather = GATHER_WARPS if first else 0
+        self.gather_warps, self.gather_lag = GATHER_WARPS if first else 0, GATHER_LAG
+        self._lay_out(0 if first else self.epilogue_warps * WARP * STAGING_PITCH, SCALE_BYTES)
+
+    def _lay_out(self, staging: int, slot_scales: int) -> None:
+        """Warps, shared memory and TMEM, from the sizes of the tile; bytes of the epilogue and of a stage's scales."""
         self.gather_warp = self.epilogue_warps
-        self.load_warp = self.epilogue_warps + gather
+        self.load_warp = self.gather_warp + self.gather_warps
         self.multiply_warp = self.load_warp + 1
         self.threads = (self.multiply_warp + 1) * WARP
-        self.staging = 0 if first else self.epilogue_warps * WARP * STAGING_PITCH
-        self.own_images = self.images // self.cluster
-        self.stage_bytes = (1 + self.own_images) * CODE_BYTES + (1 + self.images) * SCALE_BYTES
-        self.stages = (SHARED_LIMIT - 1024 - self.staging) // self.stage_bytes
-        self.barriers = self.stages * self.stage_bytes + self.staging
+        self.slot_code_bytes, self.slot_scale_bytes = self.slots * IMAGE_K // 2, slot_scales
+        self.stage_bytes = self.slot_code_bytes + self.own_images * CODE_BYTES + slot_scales + self.images * SCALE_BYTES
+        self.stages = (SHARED_LIMIT - 1024 - staging) // self.stage_bytes
+        self.barriers = self.stages * self.stage_bytes + staging
         self.shared_bytes = self.barriers + 1024
         # A, B: E2M1; scales UE4M3; dense K 64; M 128 or, by a pair, 256.
-        self.shape = (1 << 7) | (1 << 10) | ((tile_n >> 3) << 17) | (self.cluster << 27)
-        self.scale_columns = self.accumulators * tile_n
-        assert self.scale_columns + 4 * _STEPS * (1 + self.images) <= TMEM_COLUMNS
+        self.shape = (1 << 7) | (1 << 10) | ((self.tile_n >> 3) << 17) | (self.cluster << 27)
+        self.scale_columns = self.accumulators * self.tile_n
+        assert self.scale_columns + 4 * STEPS * (1 + self.images) <= TMEM_COLUMNS
+        # The swizzle of codes is by address.
+        assert self.stage_bytes % 1024 == 0
 
-    # Shared memory of a stage: codes of A, codes of B, scales of A, scales of B.
-    def _codes_b(self, stage):
-        return stage + CODE_BYTES
+    # Shared memory of a stage: codes of the slots and of the weights, then their scales.
+    def _slot_codes(self, stage):
+        return stage
 
-    def _scales_a(self, stage):
-        return stage + CODE_BYTES * (1 + self.own_images)
+    def _weight_codes(self, stage):
+        return stage + self.slot_code_bytes
 
-    def _scales_b(self, stage):
-        return stage + CODE_BYTES * (1 + self.own_images) + SCALE_BYTES
+    def _slot_scales(self, stage):
+        return stage + self.slot_code_bytes + self.own_images * CODE_BYTES
+
+    def _weight_scales(self, stage):
+        return self._slot_scales(stage) + self.slot_scale_bytes
+
+    def _operands(self, stage):
+        """Where codes of A and B, scales of A and B lie, and the bytes of one K = 64 step of those scales."""
+        codes = self._slot_codes(stage), self._weight_codes(stage)
+        return *codes, self._slot_scales(stage), self._weight_scales(stage), self.slot_tile, SCALE_BYTES // STEPS
+
+    def _parts(self, tiles, index, columns):
+        """Accumulations that a tile takes, one for each ``slots`` of its rows."""
+        return 1
+
+    @cute.jit
+    def _advance(self, number, parity, size):
+        """The next of ``size`` buffers in a ring, and the parity of its barriers there."""
+        number += 1
+        if number == size:
+            number = Int32(0)
+            parity ^= 1
+        return number, parity
+
+    @cute.jit
+    def _define(self, thread, shared):
+        """Define the shared memory that the tensor core reads and no copy writes: none."""
 
     @cute.jit
     def __call__(
@@ -183,7 +215,7 @@ class GroupedGemm:
             for stage in cutlass.range_constexpr(self.stages):
                 # In a pair the first block's stage is full when the second's is, too.
                 report = Int32(1) - rank if cutlass.const_expr(self.pair) else 0
-                ptx.init_barrier(full + 8 * stage, 1 + (GATHER_WARPS if self.first else 0) + report)
+                ptx.init_barrier(full + 8 * stage, 1 + self.gather_warps + report)
                 ptx.init_barrier(empty + 8 * stage, 1)
             for i in cutlass.range_constexpr(self.accumulators):
                 ptx.init_barrier(done + 8 * i, 1)
@@ -191,12 +223,13 @@ class GroupedGemm:
             cute.arch.mbarrier_init_fence()
         if warp == self.multiply_warp:
             ptx.allocate_tmem(tmem_at, TMEM_COLUMNS, self.cluster)
+        self._define(thread, shared)
         ptx.fence_before()
         self._sync()
         ptx.fence_after()
         tmem = ptx.load_shared_i32(tmem_at)
         cute.arch.griddepcontrol_wait()
-        columns = n // self.tile_n
+        columns = n // self.weight_rows
         count = tile_count(num_tiles, columns)
         steps = k // IMAGE_K
         if warp == self.load_warp:
@@ -205,7 +238,7 @@ class GroupedGemm:
         elif warp == self.multiply_warp:
             if lane == 0:
                 if rank == 0:
-                    self._multiply(count, steps, shared, full, empty, done, free, tmem)
+                    self._multiply(tiles, columns, count, steps, shared, full, empty, done, free, tmem)
                 else:
                     self._report(count, steps, full)
         elif warp < self.epilogue_warps:
@@ -272,36 +305,37 @@ class GroupedGemm:
         """One thread: weights, and GEMM 2's activations, as whole images."""
         size = self.own_images * CODE_BYTES + self.images * SCALE_BYTES
         if cutlass.const_expr(not self.first):
-            size += CODE_BYTES + SCALE_BYTES
+            size += self.slot_code_bytes + self.part_scale_bytes
+        parts = IMAGE_ROWS // self.slots
         stage, parity = Int32(0), Int32(1)
         index, stride = self._first()
         while index < count:
             tile = Tile.find(tiles, index, columns, rank, self.cluster)
-            for step in range(steps):
-                ptx.wait(empty + 8 * stage, parity)
-                base, barrier = shared + stage * self.stage_bytes, full + 8 * stage
-                ptx.expect(barrier, size)
-                for image in cutlass.range_constexpr(self.images):
-                    row = tile.expert * (n // IMAGE_ROWS) + tile.column * self.images + image
-                    source = Int64(row) * steps + step
-                    ptx.bulk_load(
-                        self._scales_b(base) + image * SCALE_BYTES, b_scale + source * SCALE_BYTES, SCALE_BYTES, barrier
-                    )
-                    # A pair shares the codes, image 0 in the first block; each needs the scales of both.
-                    mine = image == rank if cutlass.const_expr(self.pair) else True
-                    if mine:
-                        place = base + CODE_BYTES
-                        if cutlass.const_expr(not self.pair):
-                            place += image * CODE_BYTES
-                        ptx.bulk_load(place, b + source * CODE_BYTES, CODE_BYTES, barrier)
-                if cutlass.const_expr(not self.first):
-                    source = Int64(self._image(tile)) * steps + step
-                    ptx.bulk_load(base, a + source * CODE_BYTES, CODE_BYTES, barrier)
-                    ptx.bulk_load(self._scales_a(base), a_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity ^= 1
+            for part in range(self._parts(tiles, index, columns)):
+                for step in range(steps):
+                    ptx.wait(empty + 8 * stage, parity)
+                    base, barrier = shared + stage * self.stage_bytes, full + 8 * stage
+                    ptx.expect(barrier, size)
+                    for image in cutlass.range_constexpr(self.images):
+                        row = tile.expert * (n // IMAGE_ROWS) + tile.column * self.images + image
+                        source = Int64(row) * steps + step
+                        place = self._weight_scales(base) + image * SCALE_BYTES
+                        ptx.bulk_load(place, b_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
+                        # A pair shares the codes, image 0 in the first block; each needs the scales of both.
+                        mine = image == rank if cutlass.const_expr(self.pair) else True
+                        if mine:
+                            place = self._weight_codes(base)
+                            if cutlass.const_expr(not self.pair):
+                                place += image * CODE_BYTES
+                            ptx.bulk_load(place, b + source * CODE_BYTES, CODE_BYTES, barrier)
+                    if cutlass.const_expr(not self.first):
+                        source = (Int64(self._image(tile)) * steps + step) * parts + part
+                        ptx.bulk_load(
+                            self._slot_codes(base), a + source * self.slot_code_bytes, self.slot_code_bytes, barrier
+                        )
+                        scales = a_scale + source * self.part_scale_bytes
+                        ptx.bulk_load(self._slot_scales(base), scales, self.part_scale_bytes, barrier)
+                    stage, parity = self._advance(stage, parity, self.stages)
             index += stride
 
     @cute.jit
@@ -314,44 +348,48 @@ class GroupedGemm:
 
     @cute.jit
     def _gather(self, thread, lane, a, a_scale, a_row, tiles, columns, count, k, steps, shared, full, empty, rank):
-        """Four warps: 16-byte chunks of the slots' rows into the swizzle, 4-byte groups of scales into the tiles.
+        """16-byte chunks of the slots' rows into the swizzle, 4-byte groups of scales into the tiles.
 
-        A stage is announced ``GATHER_LAG`` stages later, when its copies are complete and fenced.
+        A stage is announced ``gather_lag`` stages later, when its copies are complete and fenced.
         """
+        stride_rows = 4 * self.gather_warps
+        groups = self.slots * STEPS // (WARP * self.gather_warps)
         chunk, first_row = thread % 8, thread // 8
-        # Rows of one thread are 16 apart, so row % 8 and with it the swizzle are the same for all of them.
-        target = first_row * 128 + ((chunk ^ (first_row % 8)) * 16)
-        scale_target = (thread % 32) * 16 + (thread // 32) * 4
+        target = self._slot_codes(first_row * 128 + ((chunk ^ (first_row % 8)) * 16))
+        scale_row, group = thread % self.slots, thread // self.slots * groups
+        scale_target = group * self.slot_tile + (scale_row % 32) * 16 + (scale_row // 32) * 4
         stage, parity, issued, behind = Int32(0), Int32(1), Int32(0), Int32(0)
         index, stride = self._first()
         while index < count:
-            tile = Tile.find(tiles, index, columns, rank, self.cluster)
-            rows, sizes = [], []
-            for i in cutlass.range_constexpr(8):
-                row, size = self._row(a_row, tile, first_row + 16 * i)
-                rows.append(a + Int64(row) * (k // 2) + chunk * 16)
-                sizes.append(size)
-            row, scale_size = self._row(a_row, tile, thread)
-            scale_source = a_scale + Int64(row) * (k // 16)
-            for step in range(steps):
-                ptx.wait(empty + 8 * stage, parity)
-                base = shared + stage * self.stage_bytes
-                for i in cutlass.range_constexpr(8):
-                    ptx.copy_16(base + target + 2048 * i, rows[i] + step * (IMAGE_K // 2), sizes[i])
-                scales = self._scales_a(base) + scale_target
-                for i in cutlass.range_constexpr(_STEPS):
-                    ptx.copy_4(scales + 512 * i, scale_source + step * (IMAGE_K // 16) + 4 * i, scale_size // 4)
-                ptx.commit_copies()
-                issued += 1
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity ^= 1
-                if issued > GATHER_LAG:
-                    ptx.wait_copies(GATHER_LAG)
-                    behind = self._announce(lane, full, behind)
+            whole = Tile.find(tiles, index, columns, rank, self.cluster)
+            for part in range(self._parts(tiles, index, columns)):
+                tile = whole.part(part, self.slots)
+                rows, sizes = [], []
+                for i in cutlass.range_constexpr(self.slots // stride_rows):
+                    row, size = self._row(a_row, tile, first_row + stride_rows * i)
+                    rows.append(a + Int64(row) * (k // 2) + chunk * 16)
+                    sizes.append(size)
+                row, scale_size = self._row(a_row, tile, scale_row)
+                scale_source = a_scale + Int64(row) * (k // 16) + 4 * group
+                for step in range(steps):
+                    ptx.wait(empty + 8 * stage, parity)
+                    base = shared + stage * self.stage_bytes
+                    for i in cutlass.range_constexpr(self.slots // stride_rows):
+                        # first_row < stride_rows, a power of two: its swizzle and that of the distance share no bit.
+                        place = base + 128 * stride_rows * i + (target ^ (stride_rows * i % 8 * 16))
+                        ptx.copy_16(place, rows[i] + step * (IMAGE_K // 2), sizes[i])
+                    scales = self._slot_scales(base) + scale_target
+                    for i in cutlass.range_constexpr(groups):
+                        source = scale_source + step * (IMAGE_K // 16) + 4 * i
+                        ptx.copy_4(scales + self.slot_tile * i, source, scale_size // 4)
+                    ptx.commit_copies()
+                    issued += 1
+                    stage, parity = self._advance(stage, parity, self.stages)
+                    if issued > self.gather_lag:
+                        ptx.wait_copies(self.gather_lag)
+                        behind = self._announce(lane, full, behind)
             index += stride
-        for left in cutlass.range_constexpr(GATHER_LAG - 1, -1, -1):
+        for left in cutlass.range_constexpr(self.gather_lag - 1, -1, -1):
             if issued > left:
                 ptx.wait_copies(left)
                 behind = self._announce(lane, full, behind)
@@ -372,10 +410,7 @@ class GroupedGemm:
         cute.arch.sync_warp()
         if lane == 0:
             ptx.arrive(full + 8 * stage)
-        stage += 1
-        if stage == self.stages:
-            stage = Int32(0)
-        return stage
+        return self._advance(stage, Int32(0), self.stages)[0]
 
     @cute.jit
     def _report(self, count, steps, full):
@@ -386,35 +421,27 @@ class GroupedGemm:
             for _ in range(steps):
                 ptx.wait(full + 8 * stage, parity)
                 ptx.arrive_remote(ptx.remote(full + 8 * stage, Int32(0)))
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity ^= 1
+                stage, parity = self._advance(stage, parity, self.stages)
             index += stride
 
     @cute.jit
-    def _multiply(self, count, steps, shared, full, empty, done, free, tmem):
+    def _multiply(self, tiles, columns, count, steps, shared, full, empty, done, free, tmem):
         """One thread: block scales to TMEM and the multiplications, in order."""
         stage, parity, which, free_parity = Int32(0), Int32(0), Int32(0), Int32(1)
         index, stride = self._first()
         while index < count:
-            ptx.wait(free + 8 * which, free_parity, self._scope())
-            ptx.fence_after()
-            target = tmem + which * self.tile_n
-            for step in range(steps):
-                ptx.wait(full + 8 * stage, parity, self._scope())
+            for _ in range(self._parts(tiles, index, columns)):
+                ptx.wait(free + 8 * which, free_parity, self._scope())
                 ptx.fence_after()
-                self._step(shared + stage * self.stage_bytes, target, tmem + self.scale_columns, step)
-                self._commit(empty + 8 * stage)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity ^= 1
-            self._commit(done + 8 * which)
-            which += 1
-            if which == self.accumulators:
-                which = Int32(0)
-                free_parity ^= 1
+                target = tmem + which * self.tile_n
+                for step in range(steps):
+                    ptx.wait(full + 8 * stage, parity, self._scope())
+                    ptx.fence_after()
+                    self._step(shared + stage * self.stage_bytes, target, tmem + self.scale_columns, step)
+                    self._commit(empty + 8 * stage)
+                    stage, parity = self._advance(stage, parity, self.stages)
+                self._commit(done + 8 * which)
+                which, free_parity = self._advance(which, free_parity, self.accumulators)
             index += stride
 
     def _scope(self) -> str:
@@ -430,18 +457,18 @@ class GroupedGemm:
     def _step(self, base, target, scales, step):
         """One stage: four times 64 of K."""
         operand, scale = Int64(_signed(_OPERAND)), Int64(_SCALES)
-        at_a, at_b = Int64(base >> 4), Int64(self._codes_b(base) >> 4)
-        scale_a, scale_b = Int64(self._scales_a(base) >> 4), Int64(self._scales_b(base) >> 4)
-        for i in cutlass.range_constexpr(_STEPS):
+        *places, tile_a, tile_b = self._operands(base)
+        at_a, at_b, scale_a, scale_b = (Int64(place >> 4) for place in places)
+        for i in cutlass.range_constexpr(STEPS):
             columns_a = scales + 4 * i
-            columns_b = scales + 4 * _STEPS + 4 * self.images * i
-            ptx.copy_scales(columns_a, scale + scale_a + 32 * i, self.cluster)
+            columns_b = scales + 4 * STEPS + 4 * self.images * i
+            ptx.copy_scales(columns_a, scale + scale_a + tile_a // 16 * i, self.cluster)
             for image in cutlass.range_constexpr(self.images):
-                source = scale + scale_b + 32 * i + image * (SCALE_BYTES >> 4)
+                source = scale + scale_b + tile_b // 16 * i + image * (SCALE_BYTES >> 4)
                 ptx.copy_scales(columns_b + 4 * image, source, self.cluster)
-        for i in cutlass.range_constexpr(_STEPS):
+        for i in cutlass.range_constexpr(STEPS):
             columns_a = scales + 4 * i
-            columns_b = scales + 4 * _STEPS + 4 * self.images * i
+            columns_b = scales + 4 * STEPS + 4 * self.images * i
             add = Int32(1)
             if cutlass.const_expr(i == 0):
                 add = step
@@ -514,10 +541,7 @@ class GroupedGemm:
                     ptx.arrive_remote(ptx.remote(free + 8 * which, Int32(0)))
                 else:
                     ptx.arrive(free + 8 * which)
-            which += 1
-            if which == self.accumulators:
-                which = Int32(0)
-                parity ^= 1
+            which, parity = self._advance(which, parity, self.accumulators)
             index += stride
         # Shared memory must outlive the stores that read it, and the next kernel reads what they write.
         if cutlass.const_expr(not self.first):

@@ -7,8 +7,9 @@ memory, byte for byte, so that one contiguous bulk copy of 16 KiB brings it and 
   at chunk c xor r % 8;
 - block scales, 2048 bytes: 128 x 16 scales in the 128x4 tiles of ``numerics.scale_layout``.
 
-Images are ordered by rows first, then K. Rows of w13 are permuted so that an image has 64 rows of gate and then the
-same 64 rows of up: a thread of the epilogue finds both halves of its SwiGLU in its own accumulator row.
+Images are ordered by rows first, then K. Rows of w13 are permuted so that 16 rows of gate are followed by the same 16
+rows of up: with the weights on either side of the multiplication, the warp that has one half of a SwiGLU in its part
+of the accumulator also has the other, and a whole block of 16 results.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ IMAGE_ROWS = 128
 IMAGE_K = 256
 CODE_BYTES = IMAGE_ROWS * IMAGE_K // 2
 SCALE_BYTES = IMAGE_ROWS * IMAGE_K // 16
-HALF = IMAGE_ROWS // 2
+GROUP = 16
 _CHUNK = 16
 
 
@@ -81,9 +82,9 @@ def scales_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:
-    """[2I, ...] with gate rows first to alternating groups of 64 gate and 64 up rows; I a multiple of 64."""
+    """[2I, ...] with gate rows first to alternating groups of 16 gate and 16 up rows; I a multiple of 16."""
     gate, up = rows.chunk(2)
-    both = torch.stack([gate.unflatten(0, (-1, HALF)), up.unflatten(0, (-1, HALF))], 1)
+    both = torch.stack([gate.unflatten(0, (-1, GROUP)), up.unflatten(0, (-1, GROUP))], 1)
     return both.flatten(0, 2)
 
 

@@ -33,6 +33,10 @@ class Tile:
         """
         return Tile(*_find(tiles, index, columns, rank, blocks))
 
+    def part(self, number: Int32 | int, slots: int) -> Tile:
+        """``slots`` slots of the tile, from ``number * slots``; ``rows`` may pass ``slots`` or be negative."""
+        return Tile(self.expert, self.column, self.image, self.slot + number * slots, self.rows - number * slots)
+
 
 @cute.jit
 def _find(tiles: Int64, index: Int32, columns: Int32, rank: Int32, blocks: cutlass.Constexpr):
