@@ -67,6 +67,17 @@ def test_images_are_invertible_and_follow_the_closed_forms(rng, rows):
     assert torch.equal(images.flatten(), scale_layout.swizzle(scale).flatten())
 
 
+@pytest.mark.parametrize("slots", layout.FEW_SLOTS)
+def test_scale_parts_are_invertible_and_follow_the_closed_form(rng, slots):
+    scale = torch.randint(0, 256, (256, 32), generator=rng, dtype=torch.uint8)
+    parts = layout.scale_parts(scale, slots)
+    assert parts.shape == (2, 2, 128 // slots, layout.part_scale_bytes(slots))
+    assert torch.equal(layout.scales_of_parts(parts, slots), scale)
+    row, group = 128 + 77, 27
+    at = group % 16 // 4 * 16 * min(slots, 32) + row % slots % 32 * 16 + row % slots // 32 * 4 + group % 4
+    assert parts[1, 1, 77 // slots, at] == scale[row, group]
+
+
 def test_gate_and_up_alternate_in_groups_of_16(rng):
     rows = torch.arange(512)[:, None]
     mixed = layout.interleave_gate_up(rows).flatten()

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nvfp4_megamoe.backends.sm100.layout import FEW_SLOTS
 from nvfp4_megamoe.numerics import metrics
 
-from .layer_cases import agreement_of, expected_output, gemm1, gemm2, make_case, oracle_images, quantize, sum_slots
+from .layer_cases import (
+    agreement_of,
+    expected_output,
+    few_slots,
+    gemm1,
+    gemm2,
+    make_case,
+    oracle_images,
+    quantize,
+    sum_slots,
+)
 
 GEMM2_LIMIT = 5e-3
 # Slots by expert: ragged, none, more than a tile, and for pairs a second block without slots at the very end.
 RAGGED, PAIRED = (37, 0, 130, 5), (3, 0, 140, 300)
+# For few tokens: less than a part, none, several parts, more than an image.
+FEW = (1, 0, 70, 130, 16)
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Configuration:
             }
             passed = found.right
         else:
-            rows, machine = gemm2(case, *oracle_images(case), self.kernel, self.blocks)
+            rows, machine = gemm2(case, *oracle_images(case, few_slots(self.kernel)), self.kernel, self.blocks)
             y = rows if self.kernel.endswith("add") else sum_slots(case, rows)
             numbers = {"relative_l2": metrics.relative_l2(y, expected_output(case))}
             passed = numbers["relative_l2"] <= GEMM2_LIMIT
@@ -61,6 +74,11 @@ REDUCED = (
     Configuration("ragged-pair", "gemm2_pair", PAIRED, 256, 512, 4, False),
     Configuration("ragged-pair-add", "gemm2_pair_add", PAIRED, 256, 512, 4, False),
     Configuration("k3072", "gemm2_n128", (9,), 256, 3072, 2, False),
+    *(Configuration("ragged", f"gemm1_few{slots}", FEW, 512, 256, 3, slots == 32) for slots in FEW_SLOTS),
+    *(Configuration("ragged", f"gemm2_few{slots}", FEW, 256, 512, 3, False) for slots in FEW_SLOTS),
+    Configuration("ragged-add", "gemm2_few16_add", FEW, 256, 512, 3, False),
+    Configuration("k7168", "gemm1_few16", (9,), 7168, 256, 2, False),
+    Configuration("k3072", "gemm2_few16", (9,), 256, 3072, 2, False),
 )
 # K of V4-Pro, 7168 and 3072, and of V4-Flash, 4096 and 2048.
 FULL = (
@@ -73,6 +91,13 @@ FULL = (
         Configuration(f"k{k}", f"gemm2_{tile}{mode}", PAIRED if tile == "pair" else RAGGED, 512, k, blocks)
         for k in (3072, 2048)
         for tile, blocks in (("n128", 3), ("pair", 4))
+        for mode in ("", "_add")
+    ),
+    *(Configuration(f"k{k}", f"gemm1_few{slots}", FEW, k, 256, 3) for k in (7168, 4096) for slots in FEW_SLOTS),
+    *(
+        Configuration(f"k{k}", f"gemm2_few{slots}{mode}", FEW, 512, k, 3)
+        for k in (3072, 2048)
+        for slots in FEW_SLOTS
         for mode in ("", "_add")
     ),
 )

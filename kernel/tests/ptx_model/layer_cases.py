@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,12 @@ def make_case(
     return Case(weights, arranged, parameters, plan, x, ids, torch.rand(ids.shape, generator=rng), seed)
 
 
+def few_slots(name: str) -> int | None:
+    """Slots of a part, for a kernel for few tokens."""
+    match = re.search("few([0-9]+)", name)
+    return int(match[1]) if match else None
+
+
 def quantize(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and row-major scales of the activations."""
     rows, hidden = len(case.plan.source), case.x.shape[1]
@@ -103,7 +110,10 @@ def gemm1(case: Case, codes: torch.Tensor, scale: torch.Tensor, name: str, block
     steps, plan = case.weights.intermediate // 256, case.plan
     images = max_tiles(case.topk_ids.numel(), case.weights.num_experts)
     out = torch.full((images, steps, layout.CODE_BYTES), 0xA5, dtype=torch.uint8)
-    out_scale = torch.full((images, steps, layout.SCALE_BYTES), 0xA5, dtype=torch.uint8)
+    scales = (layout.SCALE_BYTES,)
+    if slots := few_slots(name):
+        scales = (128 // slots, layout.part_scale_bytes(slots))
+    out_scale = torch.full((images, steps, *scales), 0xA5, dtype=torch.uint8)
     table = (plan.pairs, plan.num_pairs) if name == "gemm1_pair" else (plan.tiles, plan.num_tiles)
     args = [codes, scale, plan.a_row, case.arranged.w13, case.arranged.w13_scale, *table]
     args += [case.parameters.first, out, out_scale, _UNUSED, _UNUSED, case.top_k, 2 * case.weights.intermediate]
@@ -143,7 +153,9 @@ def stages_of(case: Case):
 
 def agreement_of(case: Case, out: torch.Tensor, out_scale: torch.Tensor) -> Agreement:
     """GEMM 1's images against the oracle."""
-    codes, scale = layout.codes_of(out.flatten(2)), layout.scales_of(out_scale.flatten(2))
+    codes = layout.codes_of(out)
+    parts = out_scale.dim() > 3
+    scale = layout.scales_of_parts(out_scale, 128 // out_scale.shape[2]) if parts else layout.scales_of(out_scale)
     result = Agreement()
     for expert, _, rows, stages in stages_of(case):
         result.add(case.weights, expert, stages, codes[rows], scale[rows], LIMIT)
@@ -155,15 +167,15 @@ def codes_equal(case: Case, out: torch.Tensor, out_scale: torch.Tensor) -> float
     return agreement_of(case, out, out_scale).equal
 
 
-def oracle_images(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """GEMM 2's input as the oracle has it, in images; zeros in rows without a slot."""
+def oracle_images(case: Case, slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """GEMM 2's input as the oracle has it, in images, scales in parts of ``slots``; zeros in rows without a slot."""
     inter, images = case.weights.intermediate, max_tiles(case.topk_ids.numel(), case.weights.num_experts)
     codes = torch.zeros(images * 128, inter // 2, dtype=torch.uint8)
     scale = torch.zeros(images * 128, inter // 16, dtype=torch.uint8)
     for expert, _, rows, stages in stages_of(case):
         q = nvfp4.quantize(stages.activated.float(), case.weights.w2_input_scale[expert])
         codes[rows], scale[rows] = q.packed, q.block_scale.view(torch.uint8)
-    return layout.code_images(codes), layout.scale_images(scale)
+    return layout.code_images(codes), layout.scale_parts(scale, slots) if slots else layout.scale_images(scale)
 
 
 def expected_output(case: Case) -> torch.Tensor:

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 
+from nvfp4_megamoe.backends.sm100.layout import FEW_SLOTS
 from nvfp4_megamoe.backends.sm100.objects import KernelObject
 
 ARCH = "sm_100a"
@@ -20,6 +21,8 @@ NAMES = (
     "gemm2_n128_add",
     "gemm2_pair",
     "gemm2_pair_add",
+    *(f"gemm1_few{slots}" for slots in FEW_SLOTS),
+    *(f"gemm2_few{slots}{mode}" for mode in ("", "_add") for slots in FEW_SLOTS),
     "sum_slots",
 )
 # Arguments of the host entry: q address, i int32, f float32. The last int32 of each is a launch size alone.
@@ -62,11 +65,14 @@ def source(name: str):
     """The kernel language's object of that name."""
     from nvfp4_megamoe.backends.sm100.finalize import SumSlots
     from nvfp4_megamoe.backends.sm100.gemm import GroupedGemm
+    from nvfp4_megamoe.backends.sm100.gemm_few import FewGemm
     from nvfp4_megamoe.backends.sm100.quantize import QuantizeRows
 
     if match := re.fullmatch(r"gemm(?P<which>[12])_(?P<tile>n128|n256|pair)(?P<add>_add)?", name):
         tile_n = 128 if match["tile"] == "n128" else 256
         return GroupedGemm(match["which"] == "1", tile_n, bool(match["add"]), match["tile"] == "pair")
+    if match := re.fullmatch(r"gemm(?P<which>[12])_few(?P<slots>\d+)(?P<add>_add)?", name):
+        return FewGemm(match["which"] == "1", int(match["slots"]), bool(match["add"]))
     return {"quantize_rows": QuantizeRows, "sum_slots": SumSlots}[name]()
 
 

@@ -100,9 +100,13 @@ class GroupedGemm:
         codes = self._slot_codes(stage), self._weight_codes(stage)
         return *codes, self._slot_scales(stage), self._weight_scales(stage), self.slot_tile, SCALE_BYTES // STEPS
 
-    def _parts(self, tiles, index, columns):
-        """Accumulations that a tile takes, one for each ``slots`` of its rows."""
+    def _parts(self, rows):
+        """Accumulations that a tile with ``rows`` slots takes."""
         return 1
+
+    def _rows(self, tiles, index, columns):
+        """Slots of a tile, where ``_parts`` depends on them."""
+        return IMAGE_ROWS
 
     @cute.jit
     def _advance(self, number, parity, size):
@@ -311,7 +315,7 @@ class GroupedGemm:
         index, stride = self._first()
         while index < count:
             tile = Tile.find(tiles, index, columns, rank, self.cluster)
-            for part in range(self._parts(tiles, index, columns)):
+            for part in range(self._parts(tile.rows)):
                 for step in range(steps):
                     ptx.wait(empty + 8 * stage, parity)
                     base, barrier = shared + stage * self.stage_bytes, full + 8 * stage
@@ -362,7 +366,7 @@ class GroupedGemm:
         index, stride = self._first()
         while index < count:
             whole = Tile.find(tiles, index, columns, rank, self.cluster)
-            for part in range(self._parts(tiles, index, columns)):
+            for part in range(self._parts(whole.rows)):
                 tile = whole.part(part, self.slots)
                 rows, sizes = [], []
                 for i in cutlass.range_constexpr(self.slots // stride_rows):
@@ -430,7 +434,7 @@ class GroupedGemm:
         stage, parity, which, free_parity = Int32(0), Int32(0), Int32(0), Int32(1)
         index, stride = self._first()
         while index < count:
-            for _ in range(self._parts(tiles, index, columns)):
+            for _ in range(self._parts(self._rows(tiles, index, columns))):
                 ptx.wait(free + 8 * which, free_parity, self._scope())
                 ptx.fence_after()
                 target = tmem + which * self.tile_n

@@ -7,6 +7,10 @@ memory, byte for byte, so that one contiguous bulk copy of 16 KiB brings it and 
   at chunk c xor r % 8;
 - block scales, 2048 bytes: 128 x 16 scales in the 128x4 tiles of ``numerics.scale_layout``.
 
+The kernels for few tokens multiply parts of 16, 32 or 64 rows of an image. A part's codes are contiguous as they are.
+Its scales lie apart, because tensor memory takes row r of a part in lane r % 32: 16-byte lines, one for each of the
+first 32 rows, with a word (four scales) for each 32 rows, and four such tiles, one for each 64 of K.
+
 Images are ordered by rows first, then K. Rows of w13 are permuted so that 16 rows of gate are followed by the same 16
 rows of up: with the weights on either side of the multiplication, the warp that has one half of a SwiGLU in its part
 of the accumulator also has the other, and a whole block of 16 results.
@@ -23,6 +27,8 @@ IMAGE_K = 256
 CODE_BYTES = IMAGE_ROWS * IMAGE_K // 2
 SCALE_BYTES = IMAGE_ROWS * IMAGE_K // 16
 GROUP = 16
+# Slots that a tile of the kernels for few tokens may have.
+FEW_SLOTS = (16, 32, 64)
 _CHUNK = 16
 
 
@@ -79,6 +85,30 @@ def scales_of(images: torch.Tensor) -> torch.Tensor:
     tiles, steps, _ = images.shape
     parts = images.reshape(tiles, steps * 4, 32, 4, 4)
     return parts.permute(0, 3, 2, 1, 4).reshape(tiles * IMAGE_ROWS, steps * 16)
+
+
+def part_scale_bytes(slots: int) -> int:
+    """Bytes of the block scales of one part of ``slots`` rows and 256 columns."""
+    return 4 * 16 * min(slots, 32)
+
+
+def scale_parts(scale: torch.Tensor, slots: int) -> torch.Tensor:
+    """Cut block scales into parts: any one-byte dtype [M, K / 16] to uint8 [M / 128, K / 256, 128 / slots, bytes]."""
+    rows, columns = scale.shape
+    check_shape(rows, columns * 16, "block scales")
+    lines = min(slots, 32)
+    # [image, part, word, line, image column, tile, scale]
+    parts = scale.view(torch.uint8).reshape(rows // IMAGE_ROWS, IMAGE_ROWS // slots, -1, lines, columns // 16, 4, 4)
+    out = parts.new_zeros(len(parts), columns // 16, IMAGE_ROWS // slots, 4, lines, 4, 4)
+    out[..., : parts.shape[2], :] = parts.permute(0, 4, 1, 5, 3, 2, 6)
+    return out.flatten(3)
+
+
+def scales_of_parts(parts: torch.Tensor, slots: int) -> torch.Tensor:
+    """Inverse of :func:`scale_parts`, uint8 [M, K / 16]."""
+    images, steps = parts.shape[:2]
+    words = parts.reshape(images, steps, IMAGE_ROWS // slots, 4, min(slots, 32), 4, 4)[..., : -(-slots // 32), :]
+    return words.permute(0, 2, 5, 4, 1, 3, 6).reshape(images * IMAGE_ROWS, steps * 16)
 
 
 def interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,19 @@ def load_shared_i32(address: Int32) -> Int32:
     return _run("ld.shared.b32 {$w0}, [{$r0}];", address, out=[Int32])
 
 
+def load_shared_4xf32(address: Int32) -> tuple:
+    return _run("ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", address, out=[Float32] * 4)
+
+
+def store_shared_f32(address: Int32, value: Float32) -> None:
+    _run("st.shared.b32 [{$r0}], {$r1};", address, value)
+
+
+def store_shared_bf16(address: Int32, value: Float32) -> None:
+    """The value rounded to bfloat16, 2 bytes."""
+    _run("{ .reg .b16 BITS; cvt.rn.bf16.f32 BITS, {$r1}; st.shared.b16 [{$r0}], BITS; }", address, value)
+
+
 def store_shared_4xu32(address: Int32, values) -> None:
     _run("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", address, *values)
 
@@ -233,6 +246,18 @@ def fence_before() -> None:
 
 def fence_after() -> None:
     _run("tcgen05.fence::after_thread_sync;")
+
+
+# Between the lanes of a warp
+
+
+def other_half(value: Float32) -> Float32:
+    """The value of the lane 16 further, or 16 before."""
+    return _run("shfl.sync.bfly.b32 {$w0}, {$r0}, 16, 0x1f, 0xffffffff;", value, out=[Float32])
+
+
+def value_of_lane(value: Float32, lane: int) -> Float32:
+    return _run(f"shfl.sync.idx.b32 {{$w0}}, {{$r0}}, {lane}, 0x1f, 0xffffffff;", value, out=[Float32])
 
 
 # Arithmetic
