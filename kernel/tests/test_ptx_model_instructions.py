@@ -226,6 +226,8 @@ def test_conversion_to_bf16_rounds_to_even():
         "mbarrier.try_wait.shared.b64 %p1, [%r0], %d0;",
         ".unheard_of %r1;",
         "bra NOWHERE;",
+        "match.all.sync.b32 %r1|%p1, %r0, -1;",
+        "match.any.sync.b64 %r1, %d0, -1;",
         "fma.rm.f32 %r1, %r0, %r0, %r0;",
         "tcgen05.mma.cta_group::1.kind::f16 [%r1], %d0, %d1, %r2, %p1;",
         "setp.lt.b32 %p1, %r0, 4;",
@@ -263,3 +265,43 @@ OUT: shfl.sync.bfly.b32 %r4, %r2, 1, 31, -1; mad.wide.u32 %d2, %r0, 4, %d0; st.g
     run(program(body), out)
     own = [lane * (lane & 3) for lane in range(32)]
     assert out.tolist() == [own[lane ^ 1] for lane in range(32)]
+
+
+def partner(mode: str, lane: int, by: int) -> int:
+    """Lane that shfl reads, outside 0 to 31 where there is none."""
+    return {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": by}[mode]
+
+
+@pytest.mark.parametrize(("mode", "clamp"), [("up", 0), ("down", 31), ("bfly", 31), ("idx", 31)])
+@pytest.mark.parametrize("by", [1, 5, 16, 31])
+def test_shuffle(mode, clamp, by):
+    """A lane without a partner keeps its value, and the predicate says so."""
+    (a,) = words(1)
+    body = f"""mad.wide.u32 %d2, %r0, 4, %d1; ld.global.b32 %r1, [%d2];
+ shfl.sync.{mode}.b32 %r2|%p1, %r1, {by}, {clamp}, -1; selp.b32 %r3, 1, 0, %p1;
+ mad.wide.u32 %d3, %r0, 8, %d0; st.global.v2.b32 [%d3], {{%r2, %r3}};"""
+    out = np.zeros((32, 2), np.uint32)
+    run(program(body), out, a)
+    for lane in range(32):
+        source = partner(mode, lane, by)
+        there = 0 <= source < 32
+        assert out[lane].tolist() == [a[source if there else lane], there]
+
+
+def test_match_any():
+    rng = np.random.default_rng(fresh_seed())
+    a = rng.choice(np.array([0, 7, 2**32 - 1, 5], np.uint32), 32)
+    got = evaluate("match.any.sync.b32 {d}, {0}, -1", "b32", ("b32", a))
+    assert got.tolist() == [sum(1 << lane for lane in range(32) if a[lane] == value) for value in a]
+
+
+def test_match_of_some_lanes_waits_for_all_of_them():
+    """The even lanes match among themselves, wherever the odd ones are; a lane that is no member is an error."""
+    body = """and.b32 %r1, %r0, 1; setp.eq.b32 %p1, %r1, 1; mov.b32 %r2, 0; @%p1 bra END;
+ shr.u32 %r3, %r0, 4; match.any.sync.b32 %r2, %r3, {members};
+END: mad.wide.u32 %d2, %r0, 4, %d0; st.global.b32 [%d2], %r2;"""
+    out = np.zeros(32, np.uint32)
+    run(program(body.format(members="0x55555555")), out)
+    assert out.tolist() == [0 if lane % 2 else 0x5555 << (16 * (lane // 16)) for lane in range(32)]
+    with pytest.raises(UnknownInstruction, match="member mask"):
+        run(program(body.format(members="0x55555554")), out)

@@ -199,6 +199,32 @@ END: barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligne
     assert (out == 9).all()
 
 
+REMOTE = """mov.b32 %r1, buffer; mov.b32 %r2, %cluster_ctarank; xor.b32 %r3, %r2, 1;
+ mad.lo.u32 %r4, %r0, 4, %r1; mad.lo.u32 %r5, %r2, 100, %r0; st.shared.b32 [%r4], %r5;
+ {barrier}
+ mapa.shared::cluster.u32 %r6, %r4, %r3; ld.shared{window}.b32 %r7, [%r6];
+ mad.lo.u32 %r8, %r2, 32, %r0; mad.wide.u32 %d2, %r8, 4, %d0; st.global.b32 [%d2], %r7;
+ barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"""
+CLUSTER = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+
+
+def test_load_from_another_blocks_shared_memory():
+    out = np.zeros((2, 32), np.uint32)
+    run(program(REMOTE.format(barrier=CLUSTER, window="::cluster"), 1024), out, cluster=2)
+    assert out.tolist() == [list(range(100, 132)), list(range(32))]
+
+
+@pytest.mark.parametrize(
+    ("barrier", "window", "error"),
+    [(CLUSTER, "", OutOfBounds), (CLUSTER, "::cta", OutOfBounds), ("", "::cluster", UndefinedRead)],
+)
+def test_faulty_load_from_another_blocks_shared_memory(barrier, window, error):
+    with pytest.raises(error, match=r"another block's|never written"):
+        for seed in range(20):
+            ptx = program(REMOTE.format(barrier=barrier, window=window), 1024)
+            run(ptx, np.zeros((2, 32), np.uint32), cluster=2, seed=seed)
+
+
 def test_same_seed_same_run():
     data = source()
     counts = [

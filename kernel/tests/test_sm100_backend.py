@@ -8,11 +8,9 @@ import pytest
 import torch
 from nvfp4_megamoe.backends.sm100 import backend, catalogue, driver, layout, objects
 from nvfp4_megamoe.backends.sm100.backend import Sm100Backend
-from nvfp4_megamoe.backends.sm100.plan import make_plan, max_tiles
 from nvfp4_megamoe.errors import UnsupportedError
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 from nvfp4_megamoe.moe.oracle import moe_oracle
-from nvfp4_megamoe.moe.routing import make_slots
 from nvfp4_megamoe.moe.weights import ExpertWeights
 from nvfp4_megamoe.numerics import metrics, scale_layout
 from ptx_model.layer_cases import ModelLauncher, random_weights
@@ -50,7 +48,34 @@ def test_layer_equals_the_oracle(rng, one_scale):
     expected = moe_oracle(weights, x, ids, weight, expert_map, GEOMETRY.swiglu_limit, "w4a4")
     assert metrics.relative_l2(out, expected) <= 5e-3
     assert not out[3].any()
-    assert launcher.names == ["quantize_rows", "gemm1_n128", "gemm2_n128", "sum_slots"]
+    assert launcher.names == ["plan_one", "quantize_rows", "gemm1_n128", "gemm2_n128", "sum_slots"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("tokens", "tile"), [(20, "n128"), (140, "pair")])
+def test_fused_sum_equals_the_oracle(rng, monkeypatch, tokens, tile):
+    monkeypatch.setenv("NVFP4_SM100_SUM", "fused")
+    geometry = MoEGeometry(num_experts=2, num_local_experts=1, top_k=2, hidden=256, intermediate=256, swiglu_limit=1.5)
+    launcher = ModelLauncher(2)
+    made, weights = prepared(rng, launcher, geometry)
+    x, ids, weight, expert_map = batch(rng, geometry, tokens)
+    ids[3] = -1
+    out = torch.full_like(x, torch.nan)
+    made.forward(x, ids, weight, expert_map, out, torch.zeros(made.workspace_bytes(tokens), dtype=torch.uint8))
+    expected = moe_oracle(weights, x, ids, weight, expert_map, geometry.swiglu_limit, "w4a4")
+    assert metrics.relative_l2(out, expected) <= 5e-3
+    assert not out[3].any()
+    assert launcher.names == ["plan_one", "quantize_rows", f"gemm1_{tile}", f"gemm2_{tile}_add"]
+
+
+def test_choice_of_the_sum(monkeypatch):
+    assert not Sm100Backend(GEOMETRY).fused
+    assert Sm100Backend(GEOMETRY, sums="fused").fused
+    ordered, fused = (Sm100Backend(GEOMETRY, sums=sums).workspace_bytes(64) for sums in ("ordered", "fused"))
+    assert ordered - fused == 64 * 2 * 256 * 2
+    monkeypatch.setenv("NVFP4_SM100_SUM", "sometimes")
+    with pytest.raises(UnsupportedError, match="NVFP4_SM100_SUM is 'sometimes'; expected ordered or fused"):
+        Sm100Backend(GEOMETRY)
 
 
 @pytest.mark.parametrize("rows", [128, 384])
@@ -92,49 +117,6 @@ def test_shape_that_is_no_whole_image(shape):
         layout.check_shape(*shape, "weights")
 
 
-@pytest.mark.parametrize("one_scale", [True, False])
-def test_plan_covers_every_slot_once(rng, one_scale):
-    tokens, top_k, experts = 700, 3, 5
-    ids = torch.rand(tokens, experts + 2, generator=rng).topk(top_k).indices
-    ids[ids >= experts] = -1
-    ids[ids == 2] = -1
-    plan = make_plan(ids, None, experts, one_scale)
-    slots = make_slots(ids, None, experts)
-    covered = torch.zeros(ids.numel(), dtype=torch.int64)
-    for index in range(int(plan.num_tiles)):
-        expert, first, count, image, begin, end, *_ = plan.tiles[index].tolist()
-        assert first <= index < first + count
-        assert image == first
-        low = begin + (index - first) * 128
-        covered[low : min(low + 128, end)] += 1
-        for slot in range(low, min(low + 128, end)):
-            flat = int(plan.order[slot])
-            token, source_expert = plan.source[plan.a_row[slot]].tolist()
-            assert ids[flat // top_k, flat % top_k] == expert
-            assert token == flat // top_k
-            assert source_expert == (0 if one_scale else expert)
-    images = []
-    for index in range(int(plan.num_pairs)):
-        expert, first, count, image, begin, end, *_ = plan.pairs[index].tolist()
-        assert (begin, end) == tuple(slots.offsets[expert : expert + 2].tolist())
-        assert count == -(-(end - begin) // 256)
-        halves = [2 * (index - first) + rank for rank in range(2)]
-        images += [image + half for half in halves if begin + half * 128 < end]
-    assert images == list(range(int(plan.num_tiles)))
-    used = int(slots.offsets[-1])
-    assert (covered[:used] == 1).all()
-    assert not covered[used:].any()
-    assert torch.equal(plan.here.bool(), (ids >= 0).flatten())
-
-
-@pytest.mark.parametrize("slots", [1, 3, 127, 128, 129, 5000])
-def test_max_tiles_suffices_for_any_routing(rng, slots):
-    for experts in (1, 2, 48):
-        for _ in range(20):
-            counts = torch.bincount(torch.randint(0, experts, (slots,), generator=rng), minlength=experts)
-            assert int((-(-counts // 128)).sum()) <= max_tiles(slots, experts)
-
-
 class Recorder:
     """A launcher that executes nothing."""
 
@@ -161,9 +143,9 @@ def test_variant_follows_the_shapes_alone(rng, tokens, names, blocks):
     workspace = torch.zeros(made.workspace_bytes(tokens), dtype=torch.uint8)
     for routed in (ids, torch.full_like(ids, -1)):
         made.forward(x, routed, weight, expert_map, torch.empty_like(x), workspace)
-    for sequence in (recorder.calls[:4], recorder.calls[4:]):
-        assert [call[:2] for call in sequence[1:3]] == [(name, blocks) for name in names]
-        assert sequence[0][1] == tokens * (1 if made.parameters.one_scale else 2)
+    for sequence in (recorder.calls[:5], recorder.calls[5:]):
+        assert [call[:2] for call in sequence[2:4]] == [(name, blocks) for name in names]
+        assert sequence[1][1] == tokens * (1 if made.parameters.one_scale else 2)
         for called, _, args in sequence:
             kinds = "".join("q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i" for a in args)
             assert kinds == catalogue.arguments(called)[:-1]
@@ -205,6 +187,8 @@ def test_wrong_arguments_are_named(rng, which, change, message):
 def test_unsupported_devices_and_shapes():
     assert "Blackwell" in Sm100Backend.unsupported_reason(GEOMETRY, torch.device("cpu"))
     assert "multiples of 256" in backend.shape_problem(4, 384, 256)
+    assert backend.shape_problem(513, 512, 256) == "513 local experts; the kernels take 1 to 512"
+    assert "1 to 512" in backend.shape_problem(0, 512, 256)
     assert backend.shape_problem(48, 7168, 3072) is None
     assert backend.shape_problem(32, 4096, 2048) is None
     with pytest.raises(RuntimeError, match="before prepare"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from nvfp4_megamoe.backends.sm100 import layout
-from nvfp4_megamoe.backends.sm100.plan import Plan, make_plan, max_tiles
+from nvfp4_megamoe.backends.sm100.plan import Plan, max_tiles
 from nvfp4_megamoe.backends.sm100.weights import Parameters, arrange
 from nvfp4_megamoe.moe.oracle import expert_stages
 from nvfp4_megamoe.moe.weights import ExpertWeights
@@ -17,6 +17,7 @@ from nvfp4_megamoe.numerics import nvfp4
 from . import own_kernels
 from .agreement import Agreement
 from .machine import Machine
+from .reference_plan import make_plan
 from .testing import fresh_seed
 
 LIMIT = 2.0

@@ -24,6 +24,14 @@ def _access(type_name: str) -> tuple[int, np.dtype, bool]:
     return size, np.dtype(f"{kind}{size}"), type_name[0] == "s"
 
 
+def _ranks(warp, space: str, addresses: np.ndarray) -> np.ndarray:
+    """Blocks of the cluster that shared addresses belong to; without ``::cluster`` only the own one may be."""
+    ranks = (addresses >> np.uint64(WINDOW_BITS)).astype(np.int64)
+    if space != "shared::cluster" and (ranks != warp.cta.rank).any():
+        raise OutOfBounds(f"another block's shared memory is accessed as .{space}, not .shared::cluster")
+    return ranks
+
+
 def _load_bytes(warp, space: str, addresses: np.ndarray, size: int) -> np.ndarray:
     """uint8 [n, size]; alignment checked."""
     if (addresses % np.uint64(size)).any():
@@ -36,7 +44,7 @@ def _load_bytes(warp, space: str, addresses: np.ndarray, size: int) -> np.ndarra
     if space == "global":
         return warp.machine.memory.gather(addresses, size)
     out = np.empty((addresses.size, size), np.uint8)
-    ranks = (addresses >> np.uint64(WINDOW_BITS)).astype(np.int64)
+    ranks = _ranks(warp, space, addresses)
     index = shared_offset(addresses).astype(np.int64)[:, None] + np.arange(size)
     for rank in np.unique(ranks):
         mine = ranks == rank
@@ -52,7 +60,7 @@ def _store_bytes(warp, space: str, addresses: np.ndarray, values: np.ndarray) ->
     if space == "global":
         warp.machine.memory.scatter(addresses, values)
         return
-    ranks = (addresses >> np.uint64(WINDOW_BITS)).astype(np.int64)
+    ranks = _ranks(warp, space, addresses)
     index = shared_offset(addresses).astype(np.int64)[:, None] + np.arange(size)
     for rank in np.unique(ranks):
         mine = ranks == rank
@@ -65,7 +73,7 @@ def _store_bytes(warp, space: str, addresses: np.ndarray, values: np.ndarray) ->
 @instruction(rf"ld{_HINTS}\.{_SPACE}{_CACHE}(\.(?P<vector>v2|v4|v8))?\.{_MEMORY_TYPE}")
 def _ld(ins: Instruction, match, program: Program):
     expect_operands(ins, 2)
-    names, space = vector(ins.operands[0]), match["space"].split("::")[0]
+    names, space = vector(ins.operands[0]), match["space"]
     size, dtype, signed = _access(match["type"])
     if len(names) != int((match["vector"] or "v1")[1:]):
         raise UnknownInstruction(f"Vector of the wrong length, {ins}")
@@ -93,7 +101,7 @@ def _ld(ins: Instruction, match, program: Program):
 @instruction(rf"st{_HINTS}\.{_SPACE}{_CACHE}(\.(?P<vector>v2|v4|v8))?\.{_MEMORY_TYPE}")
 def _st(ins: Instruction, match, program: Program):
     expect_operands(ins, 2)
-    names, space = vector(ins.operands[1]), match["space"].split("::")[0]
+    names, space = vector(ins.operands[1]), match["space"]
     size, _, _ = _access(match["type"])
     if len(names) != int((match["vector"] or "v1")[1:]) or space == "param":
         raise UnknownInstruction(f"Cannot store so, {ins}")
@@ -115,7 +123,7 @@ def _st(ins: Instruction, match, program: Program):
 def _atom(ins: Instruction, match, program: Program):
     returns = match["op"] == "atom"
     operands = ins.operands if returns else ("_", *ins.operands)
-    kind, what, space = match["type"], match["what"], match["space"].split("::")[0]
+    kind, what, space = match["type"], match["what"], match["space"]
     if what == "inc" or len(operands) != (4 if what == "cas" else 3):
         raise UnknownInstruction(f"Not modelled, {ins}")
     address = address_reader(program, ins, operands[1])

@@ -185,6 +185,24 @@ def _vote(ins: Instruction, match, program: Program):
     return execute
 
 
+@instruction(r"match\.any\.sync\.b32")
+def _match(ins: Instruction, match, program: Program):
+    """Mask of the lanes that take part with the same value."""
+    expect_operands(ins, 3)
+    value, members = (reader(program, ins, text, "b32") for text in ins.operands[1:])
+    write = writer(program, ins, ins.operands[0], "b32")
+
+    def execute(warp, mask):
+        if not _all_there(warp, mask, uniform(members(warp), mask)):
+            return BLOCKED
+        values = value(warp)
+        same = (values[:, None] == values[None, :]) & mask[None, :]
+        write(warp, mask, (same.astype(np.uint32) << np.arange(LANES, dtype=np.uint32)).sum(1, dtype=np.uint32))
+        return None
+
+    return execute
+
+
 @instruction(r"redux\.sync\.(?P<op>add|min|max|or|and|xor)\.(?P<type>[us]32|b32)")
 def _redux(ins: Instruction, match, program: Program):
     expect_operands(ins, 3)

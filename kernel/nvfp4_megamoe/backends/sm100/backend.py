@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 import torch
 
 from nvfp4_megamoe.backends.sm100 import driver, objects
 from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, IMAGE_K, SCALE_BYTES
-from nvfp4_megamoe.backends.sm100.plan import Plan, make_plan, max_tiles
+from nvfp4_megamoe.backends.sm100.plan import MAX_EXPERTS, Plan, max_tiles, plan_launch, plan_shapes
 from nvfp4_megamoe.backends.sm100.weights import Parameters, arrange
 from nvfp4_megamoe.errors import UnsupportedError
 
@@ -21,6 +22,8 @@ ALIGN = 256
 # Tokens of one launch sequence; more are computed in chunks, which bounds the workspace.
 MAX_CHUNK = 8192
 B200_MULTIPROCESSORS = 148
+# How a token's slots are summed; the default first. Environment variable that chooses, where the caller does not.
+SUMS, SUM_VARIABLE = ("ordered", "fused"), "NVFP4_SM100_SUM"
 _NAMES = ("w13", "w13_scale", "w13_global", "w13_input_scale", "w2", "w2_scale", "w2_global", "w2_input_scale")
 
 
@@ -28,7 +31,9 @@ def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | Non
     """Why the kernels cannot compute this shape, or None."""
     if hidden % IMAGE_K or intermediate % IMAGE_K:
         return f"hidden {hidden} and intermediate {intermediate} must be multiples of {IMAGE_K}"
-    return None if num_experts > 0 else "there is no local expert"
+    if not 0 < num_experts <= MAX_EXPERTS:
+        return f"{num_experts} local experts; the kernels take 1 to {MAX_EXPERTS}"
+    return None
 
 
 def first_variant(slots: int, experts: int) -> str:
@@ -42,9 +47,21 @@ def first_variant(slots: int, experts: int) -> str:
     return "gemm1_n256" if slots >= 128 * experts else "gemm1_n128"
 
 
-def second_variant(slots: int, experts: int) -> str:
-    """Kernel of GEMM 2: in pairs where GEMM 1 is, for the same reason."""
-    return "gemm2_pair" if slots >= 256 * experts else "gemm2_n128"
+def second_variant(slots: int, experts: int, fused: bool) -> str:
+    """Kernel of GEMM 2: in pairs where GEMM 1 is, for the same reason. ``fused``: it adds to the tokens' sums."""
+    return ("gemm2_pair" if slots >= 256 * experts else "gemm2_n128") + ("_add" if fused else "")
+
+
+def choose_sum(sums: str | None) -> str:
+    """``sums``, or what the environment says, or the default.
+
+    Raises:
+        UnsupportedError: there is no such mode.
+    """
+    sums = os.environ.get(SUM_VARIABLE, SUMS[0]) if sums is None else sums
+    if sums not in SUMS:
+        raise UnsupportedError(f"{SUM_VARIABLE} is {sums!r}; expected {' or '.join(SUMS)}")
+    return sums
 
 
 class Sm100Backend:
@@ -54,9 +71,22 @@ class Sm100Backend:
     precisions = ("w4a4",)
 
     def __init__(
-        self, geometry: MoEGeometry, precision: str | None = None, launcher: driver.Launcher | None = None
+        self,
+        geometry: MoEGeometry,
+        precision: str | None = None,
+        launcher: driver.Launcher | None = None,
+        sums: str | None = None,
     ) -> None:
-        """``launcher`` replaces the CUDA driver, for execution on a model of the device."""
+        """For one layer.
+
+        Args:
+            launcher: replaces the CUDA driver, for execution on a model of the device.
+            sums: ``ordered``: GEMM 2 writes a row for each slot, and a second kernel sums a token's rows in float32 in
+                the order of its choices, the same bits every time. ``fused``: GEMM 2 adds its rows to the token's
+                in bfloat16, in no fixed order: fewer bytes and less workspace, but the last bits vary from run to
+                run. None: ``$NVFP4_SM100_SUM``, or ``ordered``.
+        """
+        self.fused = choose_sum(sums) == "fused"
         self.geometry, self.precision, self.launcher = geometry, precision or self.precisions[0], launcher
         self.limit = math.inf if geometry.swiglu_limit is None else float(geometry.swiglu_limit)
         self.blocks = B200_MULTIPROCESSORS
@@ -95,15 +125,17 @@ class Sm100Backend:
         hidden, inter = self.geometry.hidden, self.geometry.intermediate
         slots = tokens * self.geometry.top_k
         # Until the scales are known, the larger of one quantized row a token and one a slot.
-        rows = tokens if self.parameters is not None and self.parameters.one_scale else slots
+        one_scale = self.parameters is not None and self.parameters.one_scale
+        rows = tokens if one_scale else slots
         images = max_tiles(slots, self.geometry.num_local_experts) * (inter // IMAGE_K)
-        return {
+        plan = plan_shapes(tokens, self.geometry.top_k, self.geometry.num_local_experts, one_scale)
+        parts = {name: (torch.int32, shape) for name, shape in plan.items()} | {
             "codes": (torch.uint8, (rows, hidden // 2)),
             "scales": (torch.uint8, (rows, hidden // 16)),
             "inter": (torch.uint8, (images, CODE_BYTES)),
             "inter_scales": (torch.uint8, (images, SCALE_BYTES)),
-            "slot_rows": (torch.bfloat16, (slots, hidden)),
         }
+        return parts if self.fused else parts | {"slot_rows": (torch.bfloat16, (slots, hidden))}
 
     def workspace_bytes(self, max_tokens: int) -> int:
         """See ``Backend.workspace_bytes``."""
@@ -130,26 +162,26 @@ class Sm100Backend:
     def _chunk(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
         w, p = self.weights, self.parameters
         tokens, top_k = topk_ids.shape
-        hidden, inter = w.hidden, w.intermediate
-        views = self._carve(workspace, tokens)
-        plan = make_plan(topk_ids, expert_map, w.num_experts, p.one_scale)
-        launch = self.launcher.launch
-        launch(
-            "quantize_rows",
-            len(plan.source),
-            [x, plan.source, p.input_scales, views["codes"], views["scales"], hidden],
-        )
-        name = first_variant(tokens * top_k, w.num_experts)
+        hidden, inter, slots = w.hidden, w.intermediate, topk_ids.numel()
+        views, launch = self._carve(workspace, tokens), self.launcher.launch
+        if self.fused:
+            out.zero_()
+        plan = Plan(**{name: views[name] for name in Plan._fields})
+        launch(*plan_launch(plan, topk_ids, expert_map, w.num_experts, p.one_scale))
+        quantized = [views["codes"], views["scales"]]
+        launch("quantize_rows", len(plan.source), [x, plan.source, p.input_scales, *quantized, hidden])
+        images, choices = [views["inter"], views["inter_scales"]], [plan.order, topk_weights, top_k]
+        name = first_variant(slots, w.num_experts)
         blocks, tiles = self._tiles(name, plan)
-        first = [views["codes"], views["scales"], plan.a_row, w.w13, w.w13_scale, *tiles, p.first]
-        first += [views["inter"], views["inter_scales"], plan.order, topk_weights, top_k, 2 * inter, hidden, self.limit]
-        launch(name, blocks, first)
-        name = second_variant(tokens * top_k, w.num_experts)
+        first = [*quantized, plan.a_row, w.w13, w.w13_scale, *tiles, p.first, *images, *choices]
+        launch(name, blocks, [*first, 2 * inter, hidden, self.limit])
+        name = second_variant(slots, w.num_experts, self.fused)
         blocks, tiles = self._tiles(name, plan)
-        second = [views["inter"], views["inter_scales"], plan.a_row, w.w2, w.w2_scale, *tiles]
-        second += [p.second, views["slot_rows"], views["scales"], plan.order, topk_weights, top_k, hidden, inter]
-        launch(name, blocks, [*second, self.limit])
-        launch("sum_slots", tokens, [views["slot_rows"], plan.here, out, top_k, hidden])
+        rows = out if self.fused else views["slot_rows"]
+        second = [*images, plan.a_row, w.w2, w.w2_scale, *tiles, p.second, rows, views["scales"], *choices]
+        launch(name, blocks, [*second, hidden, inter, self.limit])
+        if not self.fused:
+            launch("sum_slots", tokens, [rows, plan.here, out, top_k, hidden])
 
     def _tiles(self, name: str, plan: Plan) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
         """Blocks of a GEMM's launch, and its table with the number of rows."""

@@ -10,9 +10,12 @@ import tempfile
 
 from nvfp4_megamoe.backends.sm100.layout import FEW_SLOTS
 from nvfp4_megamoe.backends.sm100.objects import KernelObject
+from nvfp4_megamoe.backends.sm100.plan import CLUSTER
 
 ARCH = "sm_100a"
 NAMES = (
+    "plan_one",
+    "plan_cluster",
     "quantize_rows",
     "gemm1_n128",
     "gemm1_n256",
@@ -26,12 +29,18 @@ NAMES = (
     "sum_slots",
 )
 # Arguments of the host entry: q address, i int32, f float32. The last int32 of each is a launch size alone.
-_ARGUMENTS = {"quantize_rows": "qqqqqii", "sum_slots": "qqqiii", "gemm": "qqqqqqqqqqqqiiifi"}
+_ARGUMENTS = {
+    "plan": "qqqqqqqqqqiiiiiiii",
+    "quantize": "qqqqqii",
+    "gemm1": "qqqqqqqqqqqqiiifi",
+    "gemm2": "qqqqqqqqqqqqiiifi",
+    "sum": "qqqiii",
+}
 
 
 def arguments(name: str) -> str:
     """Argument kinds of a kernel's host entry."""
-    return _ARGUMENTS["gemm" if name.startswith("gemm") else name]
+    return _ARGUMENTS[name.partition("_")[0]]
 
 
 @functools.cache
@@ -66,6 +75,7 @@ def source(name: str):
     from nvfp4_megamoe.backends.sm100.finalize import SumSlots
     from nvfp4_megamoe.backends.sm100.gemm import GroupedGemm
     from nvfp4_megamoe.backends.sm100.gemm_few import FewGemm
+    from nvfp4_megamoe.backends.sm100.plan_kernel import MakePlan
     from nvfp4_megamoe.backends.sm100.quantize import QuantizeRows
 
     if match := re.fullmatch(r"gemm(?P<which>[12])_(?P<tile>n128|n256|pair)(?P<add>_add)?", name):
@@ -73,6 +83,8 @@ def source(name: str):
         return GroupedGemm(match["which"] == "1", tile_n, bool(match["add"]), match["tile"] == "pair")
     if match := re.fullmatch(r"gemm(?P<which>[12])_few(?P<slots>\d+)(?P<add>_add)?", name):
         return FewGemm(match["which"] == "1", int(match["slots"]), bool(match["add"]))
+    if name.startswith("plan_"):
+        return MakePlan({"plan_one": 1, "plan_cluster": CLUSTER}[name])
     return {"quantize_rows": QuantizeRows, "sum_slots": SumSlots}[name]()
 
 

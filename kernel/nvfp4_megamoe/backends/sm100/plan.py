@@ -1,4 +1,4 @@
-"""What the kernels are told about a batch: tiles and rows, computed on the device without waiting for it."""
+"""What the kernels are told about a batch: tiles and rows. ``plan_kernel`` computes it, on the device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import NamedTuple
 import torch
 
 from nvfp4_megamoe.backends.sm100.layout import IMAGE_ROWS
-from nvfp4_megamoe.moe.routing import make_slots
 
 TILE_FIELDS = 8
+MAX_EXPERTS = 512
+# Blocks of the plan kernel's cluster when there are many slots.
+CLUSTER = 8
+# One block of 32 warps, while each has at most four groups of 32 slots: a cluster's two barriers cost more than that.
+_ONE_BLOCK = 4 * 32 * 32
 
 
 class Plan(NamedTuple):
@@ -17,10 +21,13 @@ class Plan(NamedTuple):
 
     tiles: int32 [max_tiles(T * K, E), 8], one row for each tile of 128 slots: expert, its first tile, its number of
         tiles, its first image, its first slot, its end, unused, unused. num_tiles: int32 [1], rows of ``tiles`` that
-        count. pairs, num_pairs: the same for tiles of 256 slots, two images each.
-    order: int32 [T * K], flat index t * K + k of each slot, see ``moe.routing``.
+        count; what the others hold is undefined. pairs, num_pairs: the same for tiles of 256 slots, two images each.
+    order: int32 [T * K], flat index t * K + k of each slot: those of expert 0 first, each expert's in increasing order,
+        those without an expert here last.
     a_row: int32 [T * K], row of the quantized activations of each slot.
-    source: int32 [rows, 2], what the quantization kernel reads for each of its rows.
+    source: int32 [rows, 2], what the quantization kernel reads for each of its rows: token and scale. ``one_scale``,
+        where every expert has the same input scale: rows = T, each token once; else one row a slot, with its
+        expert's scale, and token -1 for a slot without an expert here.
     here: int32 [T * K], 1 where the pair (t, k) has an expert here.
     """
 
@@ -39,43 +46,37 @@ def max_tiles(slots: int, experts: int) -> int:
     return slots // IMAGE_ROWS + min(slots, experts)
 
 
-def make_plan(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_local_experts: int, one_scale: bool) -> Plan:
-    """Plan a batch.
+def plan_shapes(tokens: int, top_k: int, experts: int, one_scale: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of every int32 tensor of a Plan."""
+    slots = tokens * top_k
+    rows = max_tiles(slots, experts)
+    return {
+        "tiles": (rows, TILE_FIELDS),
+        "num_tiles": (1,),
+        "pairs": (rows, TILE_FIELDS),
+        "num_pairs": (1,),
+        "order": (slots,),
+        "a_row": (slots,),
+        "source": (tokens if one_scale else slots, 2),
+        "here": (slots,),
+    }
+
+
+def plan_launch(
+    plan: Plan, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int, one_scale: bool
+) -> tuple[str, int, list[torch.Tensor | int]]:
+    """Name, blocks and arguments of the launch that fills ``plan``.
 
     Args:
-        topk_ids: int32 or int64 [T, K], as for ``make_slots``.
-        expert_map: as for ``make_slots``.
-        num_local_experts: E, at least 1.
-        one_scale: every expert has the same input scale, so a token is quantized once and gathered K times; else each
-            slot is quantized with its expert's.
+        topk_ids: int32 or int64 [T, K]. An id that no expert has, such as the -1 of a padding token, is dropped.
+        expert_map: int32 [num_experts], local expert of each global one, -1 where it is on another rank; None where
+            ``topk_ids`` are local ids.
+        experts: E, from 1 to MAX_EXPERTS.
+        one_scale: see :class:`Plan`.
     """
-    tokens, top_k = topk_ids.shape
-    order, offsets = make_slots(topk_ids, expert_map, num_local_experts)
-    device, slots = order.device, order.numel()
-    position = torch.arange(slots, dtype=torch.int32, device=device)
-    tiles, ends = _table(offsets, IMAGE_ROWS, slots)
-    pairs, pair_ends = _table(offsets, 2 * IMAGE_ROWS, slots)
-    slot_expert = torch.searchsorted(offsets[1:], position, right=True, out_int32=True)
-    in_use = (position < offsets[-1]).to(torch.int32)
-    here = torch.zeros_like(position).scatter_(0, order.long(), in_use)
-    token = (order // top_k).to(torch.int32)
-    if one_scale:
-        a_row = token
-        first = torch.arange(tokens, dtype=torch.int32, device=device)
-        source = torch.stack([first, torch.zeros_like(first)], 1)
-    else:
-        a_row = position
-        source = torch.stack([torch.where(in_use.bool(), token, -1), slot_expert.clamp(max=num_local_experts - 1)], 1)
-    return Plan(tiles, ends[-1:], pairs, pair_ends[-1:], order, a_row, source.contiguous(), here)
-
-
-def _table(offsets: torch.Tensor, rows: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles of ``rows`` slots, and int32 [E] where each expert's end."""
-    counts, experts = offsets.diff(), len(offsets) - 1
-    tiles_of, images_of = ((counts + (size - 1)) // size for size in (rows, IMAGE_ROWS))
-    ends, image_ends = (number.cumsum(0, dtype=torch.int32) for number in (tiles_of, images_of))
-    index = torch.arange(max_tiles(slots, experts), dtype=torch.int32, device=offsets.device)
-    expert = torch.searchsorted(ends, index, right=True, out_int32=True).clamp(max=experts - 1)
-    by_expert = torch.stack([ends - tiles_of, tiles_of, image_ends - images_of, offsets[:-1], offsets[1:]], 1)[expert]
-    zero = torch.zeros_like(expert)[:, None]
-    return torch.cat([expert[:, None], by_expert, zero, zero], 1).contiguous(), ends
+    slots, top_k = topk_ids.numel(), topk_ids.shape[1]
+    name, blocks = ("plan_one", 1) if slots <= _ONE_BLOCK else ("plan_cluster", CLUSTER)
+    mapped = expert_map is not None
+    table, known = (expert_map, len(expert_map)) if mapped else (plan.num_tiles, experts)
+    numbers = [int(topk_ids.dtype == torch.int64), int(mapped), known, slots, top_k, experts, int(one_scale)]
+    return name, blocks, [topk_ids, table, *plan, *numbers]

@@ -22,6 +22,10 @@ def load_i32(address: Int64) -> Int32:
     return _run("ld.global.b32 {$w0}, [{$r0}];", address, out=[Int32])
 
 
+def load_i64(address: Int64) -> Int64:
+    return _run("ld.global.b64 {$w0}, [{$r0}];", address, out=[Int64])
+
+
 def load_f32(address: Int64) -> Float32:
     return _run("ld.global.b32 {$w0}, [{$r0}];", address, out=[Float32])
 
@@ -45,6 +49,18 @@ def store_u8(address: Int64, value: Uint32) -> None:
 
 def store_u32(address: Int64, value: Uint32) -> None:
     _run("st.global.b32 [{$r0}], {$r1};", address, value)
+
+
+def store_i32(address: Int64, value: Int32) -> None:
+    _run("st.global.b32 [{$r0}], {$r1};", address, value)
+
+
+def store_2xi32(address: Int64, values) -> None:
+    _run("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", address, *values)
+
+
+def store_4xi32(address: Int64, values) -> None:
+    _run("st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", address, *values)
 
 
 def store_2xu32(address: Int64, values) -> None:
@@ -77,6 +93,15 @@ def store_shared_bf16(address: Int32, value: Float32) -> None:
 
 def store_shared_4xu32(address: Int32, values) -> None:
     _run("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", address, *values)
+
+
+def store_shared_i32(address: Int32, value: Int32) -> None:
+    _run("st.shared.b32 [{$r0}], {$r1};", address, value)
+
+
+def load_cluster_i32(address: Int32) -> Int32:
+    """A word of any block of the cluster, at an address that :func:`remote` gave."""
+    return _run("ld.shared::cluster.b32 {$w0}, [{$r0}];", address, out=[Int32])
 
 
 def remote(address: Int32, rank: Int32) -> Int32:
@@ -148,6 +173,34 @@ def wait_bulk_read() -> None:
 def wait_bulk() -> None:
     """Wait until this thread's bulk stores are complete in global memory."""
     _run("cp.async.bulk.wait_group 0;")
+
+
+# Exchange within a warp; every lane takes part
+
+
+def match_any(value: Int32) -> Uint32:
+    """Mask of the lanes with the same value."""
+    return _run("match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", value, out=[Uint32])
+
+
+def shuffle_up(value: Int32, distance: int) -> Int32:
+    """The value of the lane ``distance`` before, 0 where there is none."""
+    return _run(
+        "{ .reg .pred THERE; .reg .b32 VALUE; "
+        f"shfl.sync.up.b32 VALUE|THERE, {{$r0}}, {distance}, 0, 0xffffffff; "
+        "selp.b32 {$w0}, VALUE, 0, THERE; }",
+        value,
+        out=[Int32],
+    )
+
+
+def shuffle_from(value: Int32, lane: Int32) -> Int32:
+    """The value of a lane."""
+    return _run("shfl.sync.idx.b32 {$w0}, {$r0}, {$r1}, 31, 0xffffffff;", value, lane, out=[Int32])
+
+
+def count_bits(mask: Uint32) -> Int32:
+    return _run("popc.b32 {$w0}, {$r0};", mask, out=[Int32])
 
 
 # Barriers
