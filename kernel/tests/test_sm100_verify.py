@@ -31,12 +31,14 @@ def hashes(monkeypatch):
     return found
 
 
-def test_goes_on_where_the_report_ends(tmp_path, hashes, monkeypatch):
+def test_goes_on_where_the_report_ends(tmp_path, hashes):
     report, one, two = tmp_path / "r.json", Fake("k1"), Fake("k2")
     verify_sm100.verify([one], 1, report)
     results = verify_sm100.verify([one, two], 2, report)
     assert (len(one.seeds), len(two.seeds)) == (2, 2)
     assert [(r["configuration"], r["number"]) for r in results] == [("k1", 0), ("k2", 0), ("k1", 1), ("k2", 1)]
+    assert len(json.loads(report.read_text())["results"]) == 4
+    assert len(verify_sm100.verify([two], 1, report)) == 1
     assert len(json.loads(report.read_text())["results"]) == 4
     hashes["gemm1_n128"] = "b"
     verify_sm100.verify([one], 2, report)

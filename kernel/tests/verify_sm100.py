@@ -83,10 +83,8 @@ def kept(path: Path) -> dict[tuple, dict]:
 
 
 def verify(configurations: Sequence[Configuration], seeds: int, path: Path) -> list[dict]:
-    """Run what ``path`` does not have yet and write it there; results in the order of ``configurations``."""
+    """Run what ``path`` does not have yet and add it there; results of these configurations, seed by seed."""
     done, order = kept(path), [(c, n) for n in range(seeds) for c in configurations]
-    wanted = {(c.kernel, c.name, n) for c, n in order}
-    done = {key: result for key, result in done.items() if key in wanted}
     path.parent.mkdir(parents=True, exist_ok=True)
     for configuration, number in tqdm(order, unit="run", dynamic_ncols=True):
         key = (configuration.kernel, configuration.name, number)
