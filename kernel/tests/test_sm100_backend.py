@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from nvfp4_megamoe.backends.sm100 import backend, catalogue, driver, layout, objects
+from nvfp4_megamoe.backends.sm100 import backend, catalogue, driver, layout, objects, variants
 from nvfp4_megamoe.backends.sm100.backend import Sm100Backend
+from nvfp4_megamoe.backends.sm100.plan import max_tiles
 from nvfp4_megamoe.errors import UnsupportedError
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 from nvfp4_megamoe.moe.oracle import moe_oracle
@@ -37,8 +38,10 @@ def batch(rng, geometry: MoEGeometry, tokens: int):
 
 
 @needs_compiler
-@pytest.mark.parametrize("one_scale", [True, False])
-def test_layer_equals_the_oracle(rng, one_scale):
+@pytest.mark.parametrize(("one_scale", "tile"), [(True, "few16"), (False, "few16"), (False, "n128")])
+def test_layer_equals_the_oracle(rng, one_scale, tile, monkeypatch):
+    if tile == "n128":
+        monkeypatch.setattr(variants, "FEW_MEAN", {16: 0})
     launcher = ModelLauncher(2, approximation_ulps=2)
     made, weights = prepared(rng, launcher, one_scale=one_scale)
     x, ids, weight, expert_map = batch(rng, GEOMETRY, 20)
@@ -48,11 +51,11 @@ def test_layer_equals_the_oracle(rng, one_scale):
     expected = moe_oracle(weights, x, ids, weight, expert_map, GEOMETRY.swiglu_limit, "w4a4")
     assert metrics.relative_l2(out, expected) <= 5e-3
     assert not out[3].any()
-    assert launcher.names == ["plan_one", "quantize_rows", "gemm1_n128", "gemm2_n128", "sum_slots"]
+    assert launcher.names == ["plan_one", "quantize_rows", f"gemm1_{tile}", f"gemm2_{tile}", "sum_slots"]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("tokens", "tile"), [(20, "n128"), (140, "pair")])
+@pytest.mark.parametrize(("tokens", "tile"), [(20, "few32"), (256, "pair")])
 def test_fused_sum_equals_the_oracle(rng, monkeypatch, tokens, tile):
     monkeypatch.setenv("NVFP4_SM100_SUM", "fused")
     geometry = MoEGeometry(num_experts=2, num_local_experts=1, top_k=2, hidden=256, intermediate=256, swiglu_limit=1.5)
@@ -128,14 +131,18 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "names", "blocks"),
+    ("tokens", "tiles", "blocks"),
     [
-        (4, ("gemm1_n128", "gemm2_n128"), 147),
-        (192, ("gemm1_n256", "gemm2_n128"), 147),
-        (400, ("gemm1_pair", "gemm2_pair"), 146),
+        (1, ("few16", "few16"), 147),
+        (24, ("few16", "few16"), 147),
+        (25, ("few32", "few32"), 147),
+        (64, ("few64", "few64"), 147),
+        (142, ("n128", "n128"), 147),
+        (384, ("n256", "n128"), 147),
+        (768, ("pair", "pair"), 146),
     ],
 )
-def test_variant_follows_the_shapes_alone(rng, tokens, names, blocks):
+def test_variant_follows_the_shapes_alone(rng, tokens, tiles, blocks):
     recorder = Recorder()
     made, _ = prepared(rng, recorder)
     made.blocks = 147
@@ -144,11 +151,36 @@ def test_variant_follows_the_shapes_alone(rng, tokens, names, blocks):
     for routed in (ids, torch.full_like(ids, -1)):
         made.forward(x, routed, weight, expert_map, torch.empty_like(x), workspace)
     for sequence in (recorder.calls[:5], recorder.calls[5:]):
-        assert [call[:2] for call in sequence[2:4]] == [(name, blocks) for name in names]
+        assert [call[:2] for call in sequence[2:4]] == [(f"gemm{i + 1}_{tiles[i]}", blocks) for i in range(2)]
         assert sequence[1][1] == tokens * (1 if made.parameters.one_scale else 2)
         for called, _, args in sequence:
             kinds = "".join("q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i" for a in args)
             assert kinds == catalogue.arguments(called)[:-1]
+
+
+def test_parts_are_large_enough_for_nearly_every_expert():
+    """Poisson's distribution of an expert's slots at the largest mean of each part size."""
+    for slots, mean in variants.FEW_MEAN.items():
+        within = sum(math.exp(-mean + count * math.log(mean) - math.lgamma(count + 1)) for count in range(slots + 1))
+        assert 1 - within < 0.01
+    assert tuple(variants.FEW_MEAN) == layout.FEW_SLOTS
+
+
+@pytest.mark.parametrize("experts", [48, 384])
+def test_fewer_tokens_never_need_a_larger_workspace(experts):
+    geometry = MoEGeometry(
+        num_experts=384, num_local_experts=experts, top_k=6, hidden=7168, intermediate=3072, swiglu_limit=10.0
+    )
+    made = Sm100Backend(geometry)
+    last = variants.most_few_tokens(geometry)
+    sizes = [made.workspace_bytes(tokens) for tokens in (1, 7, 512, 513, 1344, last, last + 1, last + 99, 5000)]
+    assert sizes == sorted(sizes)
+    assert [bool(variants.few_slots(tokens, geometry)) for tokens in (1, last, last + 1)] == [True, True, False]
+    for tokens in (1, 512, 1344, last):
+        slots = variants.few_slots(tokens, geometry)
+        images = max_tiles(tokens * 6, experts) * 12
+        needed = images * 128 // slots * layout.part_scale_bytes(slots)
+        assert made._parts(tokens)["inter_scales"][1][0] >= needed
 
 
 def test_prepare_needs_no_second_copy(rng):

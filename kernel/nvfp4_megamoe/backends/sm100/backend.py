@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nvfp4_megamoe.backends.sm100 import driver, objects
-from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, IMAGE_K, SCALE_BYTES
+from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, IMAGE_K, PART_SCALE_BYTES, SCALE_BYTES
 from nvfp4_megamoe.backends.sm100.plan import MAX_EXPERTS, Plan, max_tiles, plan_launch, plan_shapes
+from nvfp4_megamoe.backends.sm100.variants import first_variant, most_few_tokens, second_variant
 from nvfp4_megamoe.backends.sm100.weights import Parameters, arrange
 from nvfp4_megamoe.errors import UnsupportedError
 
@@ -34,22 +35,6 @@ def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | Non
     if not 0 < num_experts <= MAX_EXPERTS:
         return f"{num_experts} local experts; the kernels take 1 to {MAX_EXPERTS}"
     return None
-
-
-def first_variant(slots: int, experts: int) -> str:
-    """Kernel of GEMM 1, from shapes alone so that a CUDA graph is valid for any routing.
-
-    With few slots an expert the weights bound the time, and small tiles spread them evenly over the multiprocessors.
-    With many, a pair of blocks reads each weight once for 256 slots.
-    """
-    if slots >= 256 * experts:
-        return "gemm1_pair"
-    return "gemm1_n256" if slots >= 128 * experts else "gemm1_n128"
-
-
-def second_variant(slots: int, experts: int, fused: bool) -> str:
-    """Kernel of GEMM 2: in pairs where GEMM 1 is, for the same reason. ``fused``: it adds to the tokens' sums."""
-    return ("gemm2_pair" if slots >= 256 * experts else "gemm2_n128") + ("_add" if fused else "")
 
 
 def choose_sum(sums: str | None) -> str:
@@ -127,13 +112,17 @@ class Sm100Backend:
         # Until the scales are known, the larger of one quantized row a token and one a slot.
         one_scale = self.parameters is not None and self.parameters.one_scale
         rows = tokens if one_scale else slots
-        images = max_tiles(slots, self.geometry.num_local_experts) * (inter // IMAGE_K)
+        images, few_images = (
+            max_tiles(count * self.geometry.top_k, self.geometry.num_local_experts) * (inter // IMAGE_K)
+            for count in (tokens, min(tokens, most_few_tokens(self.geometry)))
+        )
         plan = plan_shapes(tokens, self.geometry.top_k, self.geometry.num_local_experts, one_scale)
         parts = {name: (torch.int32, shape) for name, shape in plan.items()} | {
             "codes": (torch.uint8, (rows, hidden // 2)),
             "scales": (torch.uint8, (rows, hidden // 16)),
             "inter": (torch.uint8, (images, CODE_BYTES)),
-            "inter_scales": (torch.uint8, (images, SCALE_BYTES)),
+            # Enough for whole images and for parts, so that fewer tokens never need more.
+            "inter_scales": (torch.uint8, (max(images * SCALE_BYTES, few_images * PART_SCALE_BYTES),)),
         }
         return parts if self.fused else parts | {"slot_rows": (torch.bfloat16, (slots, hidden))}
 
@@ -162,7 +151,7 @@ class Sm100Backend:
     def _chunk(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
         w, p = self.weights, self.parameters
         tokens, top_k = topk_ids.shape
-        hidden, inter, slots = w.hidden, w.intermediate, topk_ids.numel()
+        hidden, inter = w.hidden, w.intermediate
         views, launch = self._carve(workspace, tokens), self.launcher.launch
         if self.fused:
             out.zero_()
@@ -171,11 +160,11 @@ class Sm100Backend:
         quantized = [views["codes"], views["scales"]]
         launch("quantize_rows", len(plan.source), [x, plan.source, p.input_scales, *quantized, hidden])
         images, choices = [views["inter"], views["inter_scales"]], [plan.order, topk_weights, top_k]
-        name = first_variant(slots, w.num_experts)
+        name = first_variant(tokens, self.geometry)
         blocks, tiles = self._tiles(name, plan)
         first = [*quantized, plan.a_row, w.w13, w.w13_scale, *tiles, p.first, *images, *choices]
         launch(name, blocks, [*first, 2 * inter, hidden, self.limit])
-        name = second_variant(slots, w.num_experts, self.fused)
+        name = second_variant(tokens, self.geometry, self.fused)
         blocks, tiles = self._tiles(name, plan)
         rows = out if self.fused else views["slot_rows"]
         second = [*images, plan.a_row, w.w2, w.w2_scale, *tiles, p.second, rows, views["scales"], *choices]

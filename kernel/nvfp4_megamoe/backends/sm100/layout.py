@@ -92,6 +92,10 @@ def part_scale_bytes(slots: int) -> int:
     return 4 * 16 * min(slots, 32)
 
 
+# Bytes of an image's block scales in parts, at most.
+PART_SCALE_BYTES = max(IMAGE_ROWS // slots * part_scale_bytes(slots) for slots in FEW_SLOTS)
+
+
 def scale_parts(scale: torch.Tensor, slots: int) -> torch.Tensor:
     """Cut block scales into parts: any one-byte dtype [M, K / 16] to uint8 [M / 128, K / 256, 128 / slots, bytes]."""
     rows, columns = scale.shape
