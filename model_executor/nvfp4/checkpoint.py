@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
+from . import progress
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -23,6 +25,7 @@ def check_before_load(vllm_config: VllmConfig) -> None:
     Raises:
         nvfp4_megamoe.errors.CheckpointError: naming file, tensor, expectation and remedy.
     """
+    progress.withdraw_refusals()
     model = vllm_config.model_config
     quantization = getattr(model.hf_config, "quantization_config", None) or {}
     if str(quantization.get("moe_quant_algo", "")).upper() != "NVFP4":
@@ -31,10 +34,15 @@ def check_before_load(vllm_config: VllmConfig) -> None:
     if vllm_config.load_config.load_format == "dummy" or not directory.is_dir():
         return
     from nvfp4_megamoe.checkpoint.validate import check_checkpoint
+    from nvfp4_megamoe.errors import CheckpointError
 
     started = time.monotonic()
     parallel = vllm_config.parallel_config
     # Without expert parallelism vLLM still asks that the experts divide over the tensor-parallel ranks.
     ranks = parallel.tensor_parallel_size * (parallel.data_parallel_size if parallel.enable_expert_parallel else 1)
-    summary = check_checkpoint(directory, expert_parallel_size=ranks)
+    try:
+        summary = check_checkpoint(directory, expert_parallel_size=ranks)
+    except CheckpointError as error:
+        progress.announce_refusal(vllm_config, str(error))
+        raise
     logger.info("NVFP4 checkpoint checked in %.1f s: %s", time.monotonic() - started, summary)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import status_file
 from .reporter import (
     CAPTURE,
     COMPILE,
@@ -72,6 +73,20 @@ def announce_end(vllm_config: VllmConfig) -> None:
     if (directory := _directory()) is not None:
         with contextlib.suppress(OSError):
             (directory / f"{_run(vllm_config)}.ending").touch()
+
+
+def announce_refusal(vllm_config: VllmConfig, why: str) -> None:
+    """Say that this start ends before it has ranks, and why; the next start withdraws it."""
+    if (directory := _directory()) is not None:
+        with contextlib.suppress(OSError):
+            status_file.write_refusal(directory, _run(vllm_config), why)
+
+
+def withdraw_refusals() -> None:
+    """Forget why earlier starts ended before they had ranks."""
+    if (directory := _directory()) is not None:
+        with contextlib.suppress(OSError):
+            status_file.withdraw_refusals(directory)
 
 
 def stop() -> None:

@@ -96,6 +96,24 @@ class StatusFile:
                 self.write()
 
 
+def write_refusal(directory: Path, run: str, why: str) -> None:
+    """Leave ``<run>.refused`` for the status service: this start ended before it had ranks.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f"{run}.refused.tmp"
+    temporary.write_text(json.dumps({"format": FORMAT, "run": run, "host": socket.gethostname(), "why": why}))
+    os.replace(temporary, directory / f"{run}.refused")
+
+
+def withdraw_refusals(directory: Path) -> None:
+    """Remove what earlier starts left with :func:`write_refusal`."""
+    for path in directory.glob("*.refused"):
+        path.unlink(missing_ok=True)
+
+
 def _remove_dead(directory: Path, rank: int, keep: Path) -> None:
     """Delete what dead processes of earlier runs left for ``rank``."""
     for path in directory.glob(f"*-rank{rank}.json"):

@@ -122,7 +122,16 @@ class Collector:
             (status, Movement(**vars(movement))) for status, movement in zip(ranks, movements.values(), strict=True)
         ]
         health = self._health()
-        verdict = judge(now, self._began, seen, self._expected, health, self._limits, self._files.ending)
+        verdict = judge(
+            now,
+            self._began,
+            seen,
+            self._expected,
+            health,
+            self._limits,
+            ending=self._files.ending,
+            refusal=self._files.refusal,
+        )
         started = min((status.process_started for status in ranks), default=self._began_unix)
         self.snapshot = Snapshot(
             at=time.time(),

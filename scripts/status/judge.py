@@ -57,12 +57,15 @@ def judge(
     health: Health | None,
     limits: Limits,
     ending: bool = False,
+    refusal: str | None = None,
 ) -> Verdict:
     """Judge at monotonic time ``now``.
 
     ``started`` is when the service began, ``expected`` how many ranks this host should have, ``ending`` whether the
-    server was told to end.
+    server was told to end, and ``refusal`` why a newer start ended before it had ranks.
     """
+    if refusal is not None:
+        return Verdict(FAILED, f"the server refused to start: {refusal}")
     if not ranks:
         return _without_ranks(now, started, health, limits)
     return (

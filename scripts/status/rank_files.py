@@ -135,10 +135,12 @@ class RankFiles:
         self.problems: list[str] = []
         self.other_runs: list[str] = []
         self.ending = False
+        self.refusal: str | None = None
 
     def read(self) -> list[RankStatus]:
-        """Return the ranks of the run, by rank; ``ending`` tells whether its server was told to end.
+        """Return the ranks of the run, by rank.
 
+        ``ending`` tells whether its server was told to end, ``refusal`` why a newer start ended before it had ranks;
         ``problems`` and ``other_runs`` say what was left out.
         """
         self.problems = []
@@ -153,6 +155,7 @@ class RankFiles:
         self.other_runs = sorted(run for run in runs if run != chosen)
         members = _of_this_start(runs[chosen]) if chosen is not None else []
         self.ending = chosen is not None and self._is_ending(chosen, members)
+        self.refusal = self._newest_refusal(members)
         return sorted(members, key=lambda status: status.rank)
 
     def _is_ending(self, run: str, members: list[RankStatus]) -> bool:
@@ -161,6 +164,20 @@ class RankFiles:
         except OSError:
             return False
         return announced >= max(member.process_started for member in members)
+
+    def _newest_refusal(self, members: list[RankStatus]) -> str | None:
+        """Why a start after ``members`` began, and after this service did, was refused."""
+        after = max((member.process_started for member in members), default=self._started)
+        found = []
+        for path in self.directory.glob(f"{self._run_id or '*'}.refused"):
+            try:
+                found.append((path.stat().st_mtime, json.loads(path.read_text())["why"]))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self.problems.append(f"{path.name}: {error}")
+        at, why = max(found, default=(0.0, None))
+        return why if at >= max(after, self._started) else None
 
     def _of_now(self, status: RankStatus) -> bool:
         return status.alive or status.heartbeat >= self._started

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from tests.startup_cases import Service, service
-
 from . import checkpoints
-from .support import NAME, REPOSITORY, free_port, post
-
-TIMEOUT_S = 600
+from .support import NAME, post
+from .watched import TIMEOUT_S, follow, watched_server
 
 
 @pytest.fixture(scope="module")
@@ -31,51 +22,13 @@ def two_rank_checkpoint(directory: Path) -> Path:
     return checkpoints.make(directory / "two-ranks", "--intermediate", "256")
 
 
-@contextlib.contextmanager
-def starting_server(model: Path, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, Service]]:
-    """The demo server with two ranks and the service that watches it; both end with the block."""
-    status, port = directory / "status", free_port()
-    command = [sys.executable, "scripts/serve_cpu.py", "--model", str(model), "--port", str(port), "--ranks", "2"]
-    environment = os.environ | {"MEGA_MOE_STATUS_DIR": str(status), "MEGA_MOE_RUN_ID": "real"}
-    health = f"http://127.0.0.1:{port}/health"
-    with (
-        (directory / "server.log").open("wb") as log,
-        service(
-            status, directory / "status.log", "--health-url", health, "--log-every", "5", "--stall-after", "20"
-        ) as watcher,
-    ):
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            yield process, port, watcher
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def follow(watcher: Service, until: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Ask /startup until ``until`` holds for an answer; return all of them."""
-    end = time.monotonic() + TIMEOUT_S
-    answers = [json.loads(watcher.get("/startup")[1])]
-    while not until(answers[-1]):
-        assert time.monotonic() < end, answers[-1]["reason"]
-        time.sleep(0.1)
-        answers.append(json.loads(watcher.get("/startup")[1]))
-    return answers
-
-
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_a_start_is_followed_and_a_frozen_and_a_dead_rank_are_told_apart(
     two_rank_checkpoint: Path, tmp_path: Path
 ) -> None:
     with safe_open(next(two_rank_checkpoint.glob("*.safetensors")), framework="pt") as shard:
         tensors = len(shard.keys())
-    with starting_server(two_rank_checkpoint, tmp_path) as (process, port, watcher):
+    with watched_server(two_rank_checkpoint, tmp_path, ranks=2) as (process, base_url, _, watcher):
         answers = follow(watcher, lambda answer: answer["code"] != 503)
         ready = answers[-1]
         assert ready["state"] == "ready", ready["reason"]
@@ -101,7 +54,7 @@ def test_a_start_is_followed_and_a_frozen_and_a_dead_rank_are_told_apart(
         os.kill(victim, signal.SIGCONT)
         watcher.get_until("/startupz", 200)
         body = {"model": NAME, "prompt": "hello", "max_tokens": 2, "temperature": 0}
-        assert post(f"http://127.0.0.1:{port}/v1/completions", body)["choices"]
+        assert post(f"{base_url}/v1/completions", body)["choices"]
 
         os.kill(victim, signal.SIGKILL)
         reason = watcher.get_until("/startupz", 500)
@@ -111,11 +64,18 @@ def test_a_start_is_followed_and_a_frozen_and_a_dead_rank_are_told_apart(
 
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
-def test_a_rank_killed_while_it_loads_is_named_and_ends_the_server(two_rank_checkpoint: Path, tmp_path: Path) -> None:
-    with starting_server(two_rank_checkpoint, tmp_path) as (process, _, watcher):
+def test_a_rank_frozen_and_then_killed_while_it_loads_is_named_and_ends_the_server(
+    two_rank_checkpoint: Path, tmp_path: Path
+) -> None:
+    with watched_server(two_rank_checkpoint, tmp_path, ranks=2) as (process, _, _, watcher):
         begun = {"model construction", "checkpoint read", "upload", "weight preparation"}
         loading = follow(watcher, lambda answer: len(answer["ranks"]) == 2 and answer["ranks"][1]["phase"] in begun)[-1]
         victim = loading["ranks"][1]["pid"]
+        os.kill(victim, signal.SIGSTOP)
+        reason = watcher.get_until("/startupz", 500)
+        assert f"rank 1 (pid {victim}" in reason and "stopped by a signal" in reason
+        os.kill(victim, signal.SIGCONT)
+        watcher.get_until("/startupz", 503)
         os.kill(victim, signal.SIGKILL)
         reason = watcher.get_until("/startupz", 500)
         assert f"rank 1 (pid {victim}" in reason and "died in phase" in reason
