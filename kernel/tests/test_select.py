@@ -71,3 +71,15 @@ def test_a_named_backend_is_the_only_one_considered(two_backends):
         select.select(GOOD, CPU, name="other")
     with pytest.raises(UnsupportedError, match="no backend 'sm42'; expected one of: other, cpu"):
         select.select(GOOD, CPU, name="sm42")
+
+
+def test_a_gpu_library_that_is_missing_is_named_with_the_command_that_builds_it(monkeypatch, tmp_path):
+    hopper = MoEGeometry(8, 8, 3, 256, 256, 10.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    library = tmp_path / "sm90.so"
+    monkeypatch.setattr("nvfp4_megamoe.backends.sm90.library.library_path", lambda: library)
+    reason = select.unsupported_reason(hopper, GPU)
+    assert f"{library} does not exist" in reason and "python -m nvfp4_megamoe.backends.sm90.build" in reason
+    library.touch()
+    assert select.unsupported_reason(hopper, GPU) is None
