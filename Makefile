@@ -12,7 +12,7 @@ BIN        := $(VENV)/bin
 TORCH      := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint install patch bench clean help
+.PHONY: serve test lint image install patch bench clean help
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -26,6 +26,10 @@ test: install patch $(VENV)/.test-installed
 lint: install $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The GPU image; docs/operations.md says what it needs and how to serve with it.
+image:
+	docker build --tag deepseek-v4-nvfp4:0.1.0 --build-arg REVISION=$$(git rev-parse --short HEAD) .
 
 install: $(VENV)/.installed
 

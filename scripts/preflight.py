@@ -43,15 +43,16 @@ def run(options: argparse.Namespace) -> list[Finding]:
     """Everything that was found, in the order of the report."""
     cards, why_none = gpus.query()
     cuda = torch.version.cuda
-    findings = gpus.check(cards, why_none, options.ranks, cuda)
-    findings += host.check(options.ranks, cuda is not None, options.cache, options.status_dir)
+    here = options.ranks_here or options.ranks
+    findings = gpus.check(cards, why_none, here, cuda)
+    findings += host.check(here, cuda is not None, options.cache, options.status_dir)
     if not options.no_patches:
         findings.append(software.patches())
     checked, index = model.check(options.model, options.ranks, options.seed, options.sample)
     findings += checked
     if index is not None:
         on_gpu = cuda is not None and bool(cards)
-        available = min(card.memory for card in cards[: options.ranks]) if on_gpu else host.available_memory()
+        available = min(card.memory for card in cards[:here]) if on_gpu else host.available_memory()
         share, where = (options.memory_share, f"on {cards[0].name}") if on_gpu else (1.0, "RAM")
         findings.append(
             model.memory(index, options.model, options.ranks, options.max_model_len, available, share, where)
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     status = os.environ.get("MEGA_MOE_STATUS_DIR", "/dev/shm/mega-moe-status")
     parser.add_argument("model", type=Path, help="checkpoint directory")
     parser.add_argument("--ranks", type=_positive, default=1, help="expert-parallel ranks, one a GPU (%(default)s)")
+    parser.add_argument("--ranks-here", type=_positive, help="of them, ranks on this host (all)")
     parser.add_argument("--max-model-len", type=_positive, default=32768, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--memory-share", type=float, default=0.92, help="--gpu-memory-utilization (%(default)s)")
     parser.add_argument("--cache", type=Path, default=cache, help="directory of compiled kernels (%(default)s)")

@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     # The ranks do not report then; the server's health can be followed all the same.
     directory = DEFAULT_DIRECTORY if directory == "0" else directory
     parser.add_argument("--dir", type=Path, default=directory, help="directory of the ranks' files (%(default)s)")
-    parser.add_argument("--run-id", default=os.environ.get("MEGA_MOE_RUN_ID"), help="this run only (the newest)")
+    parser.add_argument(
+        "--run-id", default=os.environ.get("MEGA_MOE_RUN_ID") or None, help="this run only (the newest)"
+    )
     parser.add_argument("--ranks", type=int, help="ranks on this host (what the ranks say)")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="port to listen on, 0 for any (%(default)s)")

@@ -1,0 +1,1 @@
+"""Parts of scripts/entrypoint.py: what vLLM's flags say, and the server as a child process."""
