@@ -83,3 +83,17 @@ def test_a_gpu_library_that_is_missing_is_named_with_the_command_that_builds_it(
     assert f"{library} does not exist" in reason and "python -m nvfp4_megamoe.backends.sm90.build" in reason
     library.touch()
     assert select.unsupported_reason(hopper, GPU) is None
+
+
+def test_a_backend_that_is_only_taken_by_name(monkeypatch, two_backends):
+    monkeypatch.setattr(select, "ONLY_BY_NAME", {"unproven": "other_backend:Other"})
+    monkeypatch.setattr(select, "BACKENDS", {"cpu": select.BACKENDS["cpu"]})
+    assert isinstance(select.select(GOOD, GPU, name="unproven"), Other)
+    with pytest.raises(UnsupportedError) as raised:
+        select.select(GOOD, GPU)
+    assert "unproven" not in str(raised.value)
+
+
+def test_sm100_is_known_by_name_alone():
+    assert "sm100 backend needs a Blackwell GPU" in select.unsupported_reason(GOOD, CPU, name="sm100")
+    assert "sm100" not in select.unsupported_reason(BAD, CPU)

@@ -1,0 +1,69 @@
+"""How far a right backend may be from the oracle, from a noise budget for each precision.
+
+The oracle quantizes as the backend does, so what a budget has to cover is small:
+
+* rounding to bfloat16 of a slot and of the token's sum: 1.6e-3 each, relative, for values all over an octave;
+* float32 sums (for FP8 tensor cores: sums of about 12 bits) in another order, and an approximate exponential. They
+  move a value by less than 1e-5 of a row's root mean square (FP8: 3e-4). Where a value of the intermediate lies at a
+  rounding boundary, its code changes. n changed codes of the widest step move a row by sqrt(n * step / I), where step
+  is the square of that width over the mean square of the row: 1.2 for E2M1, whose widest step is a third of the largest
+  value of a block of 16; 1.1 for E4M3, whose widest step is 7 % of the largest value of a row, which is up to 15 times
+  its root mean square, as products of two Gaussians are.
+
+All four limits are relative, on rows that were divided by the norm of their reference.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from nvfp4_megamoe.moe.oracle import Precision
+
+
+class Limits(NamedTuple):
+    """Largest value that passes, by metric (see ``judge.py``).
+
+    calc_diff: 1 - 2<a, b> / (|a|^2 + |b|^2) over all rows. norm: | |a| / |b| - 1 |. row: relative L2 of the worst row,
+    a token. column: relative L2 of the worst column, an output channel.
+    """
+
+    calc_diff: float
+    norm: float
+    row: float
+    column: float
+
+
+class _Budget(NamedTuple):
+    noise: float  # relative L2 of roundings and sums
+    step: float  # square of the widest step of the intermediate's format, over the mean square of a row
+
+
+_BUDGETS = {
+    "w4a16": _Budget(noise=2.3e-3, step=0.0),
+    "w4a8": _Budget(noise=6e-3, step=1.1),
+    "w4a4": _Budget(noise=3e-3, step=1.2),
+}
+_MARGIN = 3.0  # between a budget of relative L2 and its limit
+_CHANGED_IN_A_ROW = 2.0  # codes of the widest step at most
+_CHANGED_ON_AVERAGE = 0.2
+COLUMN = 0.2  # a lost output channel has 1; a changed code moves each channel by its weight
+
+
+def limits_for(precision: Precision, intermediate: int) -> Limits:
+    """Limits for one layer.
+
+    Args:
+        precision: of the activations.
+        intermediate: I of this rank's experts. The fewer codes a row has, the more one changed code weighs.
+
+    Raises:
+        ValueError: there is no budget for the precision.
+    """
+    if precision not in _BUDGETS:
+        raise ValueError(f"There is no noise budget for precision {precision!r}; expected {', '.join(_BUDGETS)}.")
+    noise, step = _BUDGETS[precision]
+    rounding = (_MARGIN * noise) ** 2
+    mean = rounding + _CHANGED_ON_AVERAGE * step / intermediate
+    row = math.sqrt(rounding + _CHANGED_IN_A_ROW * step / intermediate)
+    return Limits(calc_diff=mean / 2, norm=math.sqrt(mean), row=row, column=max(COLUMN, 2 * row))

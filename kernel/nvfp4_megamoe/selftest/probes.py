@@ -1,0 +1,99 @@
+"""One token for every expert, compared in a few output channels: what makes it cheap enough to leave no expert out.
+
+The token is zero but for a few blocks of columns, so the oracle needs those columns of gate and up, and of down the
+rows of the compared channels: for V4-Pro 0.7 % of the weights. It finds an expert whose weights, global scales or place
+are wrong as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nvfp4_megamoe.checkpoint import expert_tensors as et
+from nvfp4_megamoe.moe import oracle
+from nvfp4_megamoe.moe.weights import ExpertWeights
+from nvfp4_megamoe.numerics import nvfp4
+from nvfp4_megamoe.numerics.nvfp4 import BLOCK
+from nvfp4_megamoe.selftest import inputs
+
+BLOCKS = 4
+CHANNELS = 32
+_CHUNK_WEIGHTS = 1 << 24
+
+
+class Probes(NamedTuple):
+    """For E experts: tokens bfloat16 [E, H], channels int64 [E, n], expected float64 [E, n] without routing weights."""
+
+    tokens: torch.Tensor
+    channels: torch.Tensor
+    expected: dict[str, torch.Tensor]
+
+
+def make_probes(
+    weights: ExpertWeights, limit: float | None, precisions: tuple[oracle.Precision, ...], rng: torch.Generator
+) -> Probes:
+    """Probe every local expert; ``expected`` has a tensor for each precision.
+
+    Scratch memory: about 0.5 GiB however many experts there are. Nothing waits for the device.
+    """
+    experts, hidden, device = weights.num_experts, weights.hidden, weights.w13.device
+    blocks = _choose(experts, hidden // BLOCK, BLOCKS, rng).to(device)
+    channels = _choose(experts, hidden, CHANNELS, rng).to(device)
+    tokens = torch.zeros((experts, hidden), dtype=torch.bfloat16, device=device)
+    expected = {precision: [] for precision in precisions}
+    rows = 2 * weights.intermediate * BLOCK * blocks.shape[1] + weights.intermediate * channels.shape[1]
+    together = max(1, _CHUNK_WEIGHTS // rows)
+    for begin in range(0, experts, together):
+        part = slice(begin, begin + together)
+        gate_up = _columns(weights, part, blocks[part])
+        size = gate_up.square().sum(-1).mean(-1).amax(-1).sqrt()
+        x = inputs.probe_values(torch.where(size == 0, 1.0, size), gate_up.shape[-1], rng)
+        columns = (blocks[part, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
+        tokens[part].scatter_(1, columns, x)
+        down = _rows(weights, part, channels[part])
+        for precision in precisions:
+            expected[precision].append(_expected(weights, part, gate_up, down, x, limit, precision))
+    return Probes(tokens, channels, {precision: torch.cat(parts) for precision, parts in expected.items()})
+
+
+def _choose(experts: int, of: int, count: int, rng: torch.Generator) -> torch.Tensor:
+    """int64 [experts, count], different numbers below ``of`` for each expert."""
+    return torch.rand((experts, of), generator=rng).topk(min(count, of)).indices
+
+
+def _columns(weights: ExpertWeights, part: slice, blocks: torch.Tensor) -> torch.Tensor:
+    """Gate and up in ``blocks``: float64 [E, 2, I, 16 n]."""
+    experts, count = blocks.shape
+    index = blocks[:, None, :, None]
+    packed = weights.w13[part].unflatten(-1, (-1, BLOCK // 2)).take_along_dim(index, 2)
+    scale = weights.w13_scale[part].view(torch.uint8).take_along_dim(blocks[:, None], 2)
+    halves = (experts, 2, weights.intermediate)
+    return nvfp4.dequantize(
+        packed.reshape(*halves, -1), scale.reshape(*halves, count), weights.w13_global[part], torch.float64
+    )
+
+
+def _rows(weights: ExpertWeights, part: slice, channels: torch.Tensor) -> torch.Tensor:
+    """Down in ``channels``: float64 [E, n, I]."""
+    packed, scale, global_scale, _ = (tensor[part] for tensor in weights.projection(et.DOWN).values())
+    packed = packed.take_along_dim(channels[..., None], 1)
+    scale = scale.view(torch.uint8).take_along_dim(channels[..., None], 1)
+    return nvfp4.dequantize(packed, scale, global_scale, torch.float64)
+
+
+def _expected(
+    weights: ExpertWeights,
+    part: slice,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    x: torch.Tensor,
+    limit: float | None,
+    precision: oracle.Precision,
+) -> torch.Tensor:
+    x = oracle.quantize_activations(x, weights.w13_input_scale[part].amax(1), precision)
+    preactivation = (gate_up.flatten(1, 2) @ x[..., None]).squeeze(-1)
+    activated = oracle.swiglu(preactivation, limit)
+    activated = oracle.quantize_activations(activated, weights.w2_input_scale[part], precision)
+    return (down @ activated[..., None]).squeeze(-1)
