@@ -12,30 +12,30 @@ from ptx_model.layer_cases import codes_equal, gemm1, make_case, quantize
 from ptx_model.testing import full, needs_compiler
 
 pytestmark = needs_compiler
-NAME = "gemm1_n128"
 compiled = own_kernels.host_object
 
 
-@pytest.fixture(scope="module")
-def layer():
-    """A layer, its quantized activations, and how GEMM 1 does without a fault."""
+@pytest.fixture(scope="module", params=[("gemm1_n128", [150]), ("gemm1_few16", [20, 16])], ids=lambda param: param[0])
+def layer(request):
+    """A kernel of GEMM 1, a layer, its quantized activations, and the barrier waits that ran without a fault."""
+    name, counts = request.param
     # Five steps of K: the compiler's loop of four and its rest both run.
-    case = make_case([150], 1280, 256, one_scale=False)
+    case = make_case(counts, 1280, 256, one_scale=False)
     codes, scale = quantize(case)
-    out, out_scale, machine = gemm1(case, codes, scale, NAME, 1)
+    out, out_scale, machine = gemm1(case, codes, scale, name, 1)
     assert codes_equal(case, out, out_scale) >= 0.9999
     waits = [ins.index for ins in machine.program.instructions if "try_wait" in ins.opcode]
-    return case, codes, scale, [number for number, index in enumerate(waits) if index in machine.visited]
+    return name, case, codes, scale, [number for number, index in enumerate(waits) if index in machine.visited]
 
 
 def run(layer, monkeypatch, change=lambda ptx: ptx, **options) -> float:
     """Share of right codes with changed PTX."""
-    case, codes, scale, _ = layer
-    host = compiled(NAME)
+    name, case, codes, scale, _ = layer
+    host = compiled(name)
     changed = change(host.ptx)
     assert changed != host.ptx or options
-    monkeypatch.setattr(own_kernels, "host_object", lambda name: host.with_ptx(changed))
-    out, out_scale, _ = gemm1(case, codes, scale, NAME, 1, **options)
+    monkeypatch.setattr(own_kernels, "host_object", lambda _: host.with_ptx(changed))
+    out, out_scale, _ = gemm1(case, codes, scale, name, 1, **options)
     return codes_equal(case, out, out_scale)
 
 
@@ -62,7 +62,7 @@ def test_every_deleted_barrier_wait_is_caught(layer, monkeypatch, share):
     """Loads that do not wait for an empty stage, multiplications that do not wait for a full one, and so on."""
     numbers = layer[-1]
     assert len(numbers) >= 6
-    for number in random.Random(layer[0].seed).sample(numbers, min(share, len(numbers))):
+    for number in random.Random(layer[1].seed).sample(numbers, min(share, len(numbers))):
         caught(layer, monkeypatch, without_wait(number), (ModelError, AssertionError))
 
 
@@ -89,20 +89,20 @@ def test_missing_tmem_load_wait(layer, monkeypatch):
 
 
 def test_weights_that_were_not_arranged(layer, monkeypatch):
-    case, codes, scale, _ = layer
-    for name in ("w13", "w13_scale"):
-        kept = getattr(case.arranged, name).clone()
-        getattr(case.arranged, name).copy_(getattr(case.weights, name))
-        out, out_scale, _ = gemm1(case, codes, scale, NAME, 1)
-        getattr(case.arranged, name).copy_(kept)
+    name, case, codes, scale, _ = layer
+    for which in ("w13", "w13_scale"):
+        kept = getattr(case.arranged, which).clone()
+        getattr(case.arranged, which).copy_(getattr(case.weights, which))
+        out, out_scale, _ = gemm1(case, codes, scale, name, 1)
+        getattr(case.arranged, which).copy_(kept)
         assert codes_equal(case, out, out_scale) < 0.9
 
 
 def test_gates_scale_used_for_up(layer, monkeypatch):
-    case, codes, scale, _ = layer
+    name, case, codes, scale, _ = layer
     kept = case.parameters.first.clone()
     case.parameters.first[:, 1] = case.parameters.first[:, 0]
-    out, out_scale, _ = gemm1(case, codes, scale, NAME, 1)
+    out, out_scale, _ = gemm1(case, codes, scale, name, 1)
     case.parameters.first.copy_(kept)
     assert codes_equal(case, out, out_scale) < 0.99
     assert torch.equal(case.parameters.first, kept)

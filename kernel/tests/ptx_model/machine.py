@@ -1,8 +1,9 @@
 """The machine: grid, clusters, blocks, the scheduler of warps and the engine of asynchronous operations.
 
 Warps are stepped in random order for random numbers of instructions; asynchronous operations complete at random times
-in random order, except that the tensor core's operations of one block stay in order. Everything random comes from one
-seed. Clusters run one after the other, in random order.
+in random order, except that the tensor core's operations of one block stay in order. Some warps are slow, and copies
+may be late, for as long as anything else goes on. Everything random comes from one seed. Clusters run one after the
+other, in random order.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .parser import Program, parse
 from .warp import Warp
 
 _QUIET_ROUNDS = 60
+# Shares of the rounds in which a warp runs, and exponents of the share of the copies under way that end in a round.
+_PACES, _LATENESS = (1.0, 1.0, 1.0, 0.1, 0.02), (1, 1, 8)
 SHARED_LIMIT = 232448 + 1024
 
 
@@ -53,6 +56,8 @@ class Cluster:
             coordinates = tuple(base + step for base, step in zip(origin, inside, strict=True))
             self.ctas.append(Cta(machine, self, rank, coordinates))
         self.warps = [warp for cta in self.ctas for warp in cta.warps]
+        self.paces = {warp: machine.random.choice(_PACES) for warp in self.warps}
+        self.lateness = machine.random.choice(_LATENESS)
 
     def cta(self, rank: int) -> Cta:
         if rank >= len(self.ctas):
@@ -161,9 +166,10 @@ class Machine:
             events, polls, executed = self.events, self.polls, self.executed
             self.random.shuffle(living)
             for warp in living:
-                warp.run(self.random.randint(20, 400))
+                if quiet or self.random.random() < cluster.paces[warp]:
+                    warp.run(self.random.randint(20, 400))
             living = [warp for warp in living if not warp.done]
-            completed = self._complete(cluster)
+            completed = self._complete(cluster, 1 if quiet else cluster.lateness)
             # Instructions of polling loops are no progress: only they ran if nothing was stored and no barrier moved.
             worked = self.executed - executed > 40 * (self.polls - polls)
             idle = self.events == events and not completed and not worked
@@ -174,12 +180,12 @@ class Machine:
                 raise Deadlock("DEADLOCK\n" + "\n".join(warp.where() for warp in living))
         self._check_end(cluster)
 
-    def _complete(self, cluster: Cluster) -> bool:
+    def _complete(self, cluster: Cluster, lateness: int) -> bool:
         """Complete some of the asynchronous operations."""
         done = False
         if cluster.pending:
             self.random.shuffle(cluster.pending)
-            share = self.random.random()
+            share = self.random.random() ** lateness
             now, later = [], []
             for item in cluster.pending:
                 (now if self.random.random() < share else later).append(item)

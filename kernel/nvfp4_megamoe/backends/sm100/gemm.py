@@ -315,7 +315,7 @@ class GroupedGemm:
         index, stride = self._first()
         while index < count:
             tile = Tile.find(tiles, index, columns, rank, self.cluster)
-            for part in range(self._parts(tile.rows)):
+            for part in cutlass.range(self._parts(tile.rows), unroll=1):
                 for step in range(steps):
                     ptx.wait(empty + 8 * stage, parity)
                     base, barrier = shared + stage * self.stage_bytes, full + 8 * stage
@@ -366,7 +366,7 @@ class GroupedGemm:
         index, stride = self._first()
         while index < count:
             whole = Tile.find(tiles, index, columns, rank, self.cluster)
-            for part in range(self._parts(whole.rows)):
+            for part in cutlass.range(self._parts(whole.rows), unroll=1):
                 tile = whole.part(part, self.slots)
                 rows, sizes = [], []
                 for i in cutlass.range_constexpr(self.slots // stride_rows):
@@ -434,7 +434,7 @@ class GroupedGemm:
         stage, parity, which, free_parity = Int32(0), Int32(0), Int32(0), Int32(1)
         index, stride = self._first()
         while index < count:
-            for _ in range(self._parts(self._rows(tiles, index, columns))):
+            for _ in cutlass.range(self._parts(self._rows(tiles, index, columns)), unroll=1):
                 ptx.wait(free + 8 * which, free_parity, self._scope())
                 ptx.fence_after()
                 target = tmem + which * self.tile_n

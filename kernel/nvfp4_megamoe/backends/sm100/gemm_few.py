@@ -105,7 +105,7 @@ class FewGemm(GroupedGemm):
         index, stride = self._first()
         while index < count:
             whole = Tile.find(tiles, index, columns, rank, self.cluster)
-            for part in range(self._parts(whole.rows)):
+            for part in cutlass.range(self._parts(whole.rows), unroll=1):
                 tile = whole.part(part, self.slots)
                 ptx.wait(done + 8 * which, parity)
                 ptx.fence_after()
