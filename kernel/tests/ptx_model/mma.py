@@ -110,7 +110,8 @@ def _mma(ins: Instruction, match, program: Program):
                 cta.tmem.check(column, what.n)
                 left = _operand(cta, desc_a, 128) * np.repeat(_scales(cta, at_a, 128), 16, 1)
                 right = other * np.repeat(_scales(cta, at_b, what.n), 16, 1)
-                product = (-1 if what.negate_a != what.negate_b else 1) * (left @ right.T)
+                # Not the matrix product: its library's threads wait for one another where other work has the cores.
+                product = (-1 if what.negate_a != what.negate_b else 1) * np.einsum("ik,jk->ij", left, right)
                 place = cta.tmem.data[:, column : column + what.n].view(np.float32)
                 place[:] = place + product if adds else product
 
