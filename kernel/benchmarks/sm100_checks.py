@@ -46,10 +46,10 @@ class Check:
 
 
 CHECKS = (
-    *(Check(f"small, {t} tokens", SMALL, 16, 4, t, t % 2 > 0) for t in (1, 7, 40, 129, 300, 700)),
+    *(Check(f"small, {t} tokens", SMALL, 16, 4, t, t % 2 > 0) for t in (1, 7, 40, 129, 300, 700, 1100)),
     Check("small, one expert", SMALL, 16, 4, 300, one_expert=True),
-    *(Check(f"V4-Pro's K, {t} tokens", PRO, 16, 4, t) for t in (1, 64, 700)),
-    *(Check(f"V4-Flash's K, {t} tokens", FLASH, 16, 4, t, True) for t in (3, 700)),
+    *(Check(f"V4-Pro's K, {t} tokens", PRO, 16, 4, t) for t in (1, 64, 150, 300, 700, 1100)),
+    *(Check(f"V4-Flash's K, {t} tokens", FLASH, 16, 4, t, True) for t in (3, 1100)),
 )
 
 

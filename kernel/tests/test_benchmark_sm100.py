@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import sm100_checks
 import sm100_moe
 from nvfp4_megamoe.backends.cpu.backend import CpuBackend
-from nvfp4_megamoe.backends.sm100 import backend, catalogue
+from nvfp4_megamoe.backends.sm100 import catalogue, variants
 from nvfp4_megamoe.moe.layer import MoELayer
 
 SMALL = [check for check in sm100_checks.CHECKS if check.name.startswith("small")]
@@ -76,23 +76,18 @@ def test_wrong_layer_is_caught(rng, build):
     assert not found["passed"], found
 
 
-def test_the_checks_reach_every_gemm():
-    reached = set()
-    for check in sm100_checks.CHECKS:
-        slots, experts = check.tokens * check.top_k, check.geometry.num_local_experts
-        reached.add(backend.first_variant(slots, experts))
-        reached |= {backend.second_variant(slots, experts, fused) for fused in (False, True)}
-    chosen = {
-        name
-        for slots in range(1, 4000)
-        for name in (
-            backend.first_variant(slots, 4),
-            backend.second_variant(slots, 4, False),
-            backend.second_variant(slots, 4, True),
-        )
-    }
-    assert reached == chosen
-    assert chosen <= set(catalogue.NAMES)
+def gemms(tokens: int, geometry) -> set[str]:
+    """Names of the GEMMs that a batch can use."""
+    seconds = {variants.second_variant(tokens, geometry, fused) for fused in (False, True)}
+    return {variants.first_variant(tokens, geometry), *seconds}
+
+
+@pytest.mark.parametrize("shape", [sm100_checks.SMALL, sm100_checks.PRO], ids=["small", "V4-Pro"])
+def test_the_checks_reach_every_gemm(shape):
+    checks = [check for check in sm100_checks.CHECKS if check.shape is shape]
+    reached = set().union(*(gemms(check.tokens, check.geometry) for check in checks))
+    assert reached == set().union(*(gemms(tokens, checks[0].geometry) for tokens in range(1, 4000)))
+    assert reached <= set(catalogue.NAMES)
 
 
 def test_refused_without_a_blackwell_gpu(capsys, tmp_path):
