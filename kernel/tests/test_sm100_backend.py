@@ -216,8 +216,13 @@ def test_wrong_arguments_are_named(rng, which, change, message):
         made.forward(*args.values(), torch.empty_like(x), torch.zeros(made.workspace_bytes(4), dtype=torch.uint8))
 
 
-def test_unsupported_devices_and_shapes():
-    assert "Blackwell" in Sm100Backend.unsupported_reason(GEOMETRY, torch.device("cpu"))
+def test_unsupported_devices_and_shapes(monkeypatch):
+    needs = "the sm100 backend needs a Blackwell GPU (compute capability 10.0)"
+    assert Sm100Backend.unsupported_reason(GEOMETRY, torch.device("cpu")) == f"{needs}, not cpu"
+    for found in ((9, 0), (10, 3)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        reason = Sm100Backend.unsupported_reason(GEOMETRY, torch.device("cuda:1"))
+        assert reason == f"{needs}; cuda:1 has {found[0]}.{found[1]}"
     assert "multiples of 256" in backend.shape_problem(4, 384, 256)
     assert backend.shape_problem(513, 512, 256) == "513 local experts; the kernels take 1 to 512"
     assert "1 to 512" in backend.shape_problem(0, 512, 256)
@@ -225,6 +230,72 @@ def test_unsupported_devices_and_shapes():
     assert backend.shape_problem(32, 4096, 2048) is None
     with pytest.raises(RuntimeError, match="before prepare"):
         Sm100Backend(GEOMETRY).forward(*[None] * 6)
+
+
+def test_geometry_that_no_kernel_fits_is_refused_where_the_objects_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(objects, "read", dict)
+    device = torch.device("cuda:0")
+    for inter, reason in ((384, "hidden 512 and intermediate 384 must be multiples of 256"), (256, None)):
+        geometry = MoEGeometry(8, 8, 2, 512, inter, None)
+        assert Sm100Backend.unsupported_reason(geometry, device) == reason
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values two bytes past an address of 16 bytes."""
+    raw = torch.zeros(tensor.nbytes + 32, dtype=torch.uint8)
+    begin = -raw.data_ptr() % 16 + 2
+    view = raw[begin : begin + tensor.nbytes].view(torch.uint8)
+    view = view.view(tensor.dtype) if tensor.dtype.itemsize <= 2 else view
+    return view.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["w13", "w13_scale", "w2", "w2_scale"])
+def test_misaligned_weights_are_named(rng, name):
+    weights = random_weights(rng, 3, 256, 256, False)
+    changed = ExpertWeights(**{**vars(weights), name: misaligned(getattr(weights, name))})
+    with pytest.raises(UnsupportedError, match=f"{name} must be contiguous, aligned to 16 bytes"):
+        Sm100Backend(GEOMETRY, launcher=Recorder()).prepare(changed)
+
+
+@pytest.mark.parametrize("which", ["x", "out"])
+def test_misaligned_activations_are_named(rng, which):
+    made, _ = prepared(rng, Recorder())
+    x, ids, weight, expert_map = batch(rng, GEOMETRY, 4)
+    args = {"x": x, "out": torch.empty_like(x)}
+    args[which] = misaligned(args[which])
+    workspace = torch.zeros(made.workspace_bytes(4), dtype=torch.uint8)
+    with pytest.raises(UnsupportedError, match=f"{which} must be contiguous and aligned to 16 bytes"):
+        made.forward(args["x"], ids, weight, expert_map, args["out"], workspace)
+
+
+def test_no_token_launches_nothing(rng):
+    recorder = Recorder()
+    made, _ = prepared(rng, recorder)
+    x, ids, weight, expert_map = (t[:0] if i < 3 else t for i, t in enumerate(batch(rng, GEOMETRY, 1)))
+    made.forward(x, ids, weight, expert_map, torch.empty_like(x), None)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("sums", ["ordered", "fused"])
+def test_everything_lies_in_the_given_tensors(rng, sums):
+    """No launch reads or writes memory that the call allocated: a CUDA graph can be replayed."""
+    recorder = Recorder()
+    made, _ = prepared(rng, recorder)
+    made.fused = sums == "fused"
+    x, ids, weight, expert_map = batch(rng, GEOMETRY, 40)
+    out, workspace = torch.empty_like(x), torch.zeros(made.workspace_bytes(40), dtype=torch.uint8)
+    made.forward(x, ids, weight, expert_map, out, workspace)
+    given = [x, ids, weight, expert_map, out, workspace, *vars(made.weights).values(), *made.parameters[:3]]
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in given]
+    used = []
+    for _, _, args in recorder.calls:
+        for tensor in (arg for arg in args if isinstance(arg, torch.Tensor)):
+            begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            assert any(low <= begin and end <= high for low, high in spans)
+            used.append((begin, end))
+    parts = made._carve(workspace, 40).values()
+    assert all((p.data_ptr(), p.data_ptr() + p.nbytes) in used for p in parts)
 
 
 def test_objects_that_were_not_built(tmp_path):

@@ -81,8 +81,11 @@ class Sm100Backend:
     @classmethod
     def unsupported_reason(cls, geometry: MoEGeometry, device: torch.device) -> str | None:
         """See ``Backend.unsupported_reason``."""
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (10, 0):
-            return f"the sm100 backend needs a Blackwell GPU (compute capability 10.0), not {device}"
+        needed = "the sm100 backend needs a Blackwell GPU (compute capability 10.0)"
+        if device.type != "cuda":
+            return f"{needed}, not {device}"
+        if (found := torch.cuda.get_device_capability(device)) != (10, 0):
+            return f"{needed}; {device} has {found[0]}.{found[1]}"
         try:
             objects.read()
         except UnsupportedError as error:
