@@ -236,11 +236,12 @@ class GroupedGemm:
         columns = n // self.weight_rows
         count = tile_count(num_tiles, columns)
         steps = k // IMAGE_K
+        # elect.sync tells the compiler that one thread runs what follows; else it loops around each instruction.
         if warp == self.load_warp:
-            if lane == 0:
+            with cute.arch.elect_one():
                 self._load(a, a_scale, b, b_scale, tiles, columns, count, n, steps, shared, full, empty, rank)
         elif warp == self.multiply_warp:
-            if lane == 0:
+            with cute.arch.elect_one():
                 if rank == 0:
                     self._multiply(tiles, columns, count, steps, shared, full, empty, done, free, tmem)
                 else:

@@ -18,7 +18,7 @@ from nvfp4_megamoe.backends.sm100.layout import CODE_BYTES, FEW_SLOTS, IMAGE_ROW
 from nvfp4_megamoe.backends.sm100.tiles import Tile
 
 # Groups of cp.async under way in a gather thread. The weights' bulk copies are many stages ahead; at 631 clocks a stage
-# (see docs/sm100-kernel.md) four groups cover more than two microseconds.
+# (see docs/sm100-kernel.md) four groups cover 1.4 microseconds.
 GATHER_LAG = 4
 _GATHER_ROWS = 16
 _EPILOGUE_WARPS = 4
