@@ -14,6 +14,7 @@ The kernels must have been built: ``python -m nvfp4_megamoe.backends.sm100.build
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import sys
 import time
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moe_peers
 from moe_peers import GEOMETRY, TOKENS, about, ceilings, in_turns, make_batch
+from nvfp4_megamoe.backends.sm100 import objects
 from nvfp4_megamoe.backends.sm100.backend import SUMS, Sm100Backend
 from nvfp4_megamoe.errors import UnsupportedError
 from nvfp4_megamoe.moe.geometry import MoEGeometry
@@ -92,6 +94,16 @@ def refusal() -> str | None:
     device = torch.device("cuda:0")
     reason = Sm100Backend.unsupported_reason(GEOMETRY, device)
     return f"{torch.cuda.get_device_name(device)}: {reason}" if reason else None
+
+
+def kernels() -> dict:
+    """What our kernels were built with, and the peers' package."""
+    built = json.loads((objects.directory() / objects.MANIFEST).read_text())["versions"]
+    try:
+        flashinfer = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        flashinfer = "not installed"
+    return {"kernels": built, "flashinfer": flashinfer}
 
 
 def shared_scales(weights: ExpertWeights) -> ExpertWeights:
@@ -234,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     torch.cuda.set_device(0)
-    result = {**about(args.seed), "layer_test": layer_test(args.seed)}
+    result = {**about(args.seed), **kernels(), "layer_test": layer_test(args.seed)}
     result["passed"] = all(check["passed"] for check in result["layer_test"])
     write(result, args.json)
     if not result["passed"]:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import sm100_checks
 import sm100_moe
 from nvfp4_megamoe.backends.cpu.backend import CpuBackend
-from nvfp4_megamoe.backends.sm100 import catalogue, variants
+from nvfp4_megamoe.backends.sm100 import catalogue, objects, variants
 from nvfp4_megamoe.moe.layer import MoELayer
 
 SMALL = [check for check in sm100_checks.CHECKS if check.name.startswith("small")]
@@ -125,6 +125,7 @@ def fake_run(monkeypatch, passed: bool, peer_works: bool):
     monkeypatch.setattr(sm100_moe, "refusal", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(sm100_moe, "about", lambda seed: {"date": "2026-11-21", "device": "none", "seed": seed})
+    monkeypatch.setattr(sm100_moe, "kernels", lambda: {"kernels": {"architecture": "sm_100a"}})
     monkeypatch.setattr(sm100_moe, "layer_test", lambda seed: [check])
     missing = {"flashinfer_trtllm": "no FlashInfer"}
     monkeypatch.setattr(sm100_moe, "everyone", lambda args: (["own ordered"], missing, None, None))
@@ -149,6 +150,12 @@ def test_report_of_a_run(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr()
     assert "| 64 | skewed | 250.0 | 300.0 | 6.30 | 0.90 | 10 | 1.20x |" in out.out
     assert "flashinfer_trtllm is left out: no FlashInfer" in out.err
+
+
+def test_report_names_what_built_the_kernels(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVFP4_SM100_OBJECTS", str(tmp_path))
+    objects.write(tmp_path, [], {"nvidia-cutlass-dsl": "4.8.0"})
+    assert sm100_moe.kernels()["kernels"] == {"nvidia-cutlass-dsl": "4.8.0"}
 
 
 def test_peer_that_fails_at_a_size_is_left_out_there(monkeypatch, capsys):

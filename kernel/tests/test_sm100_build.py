@@ -97,6 +97,12 @@ def test_a_broken_rule_leaves_nothing_to_load(tmp_path, monkeypatch):
     assert not (tmp_path / objects.MANIFEST).exists()
 
 
+def test_geometry_that_has_no_kernel_fails_the_build(tmp_path, monkeypatch):
+    monkeypatch.setitem(build.GEOMETRIES, "DeepSeek-V5", (8, 7168, 3000))
+    with pytest.raises(BuildError, match="DeepSeek-V5: hidden 7168 and intermediate 3000 must be multiples of 256"):
+        build.build(tmp_path, ())
+
+
 def test_missing_tool_says_what_to_install(monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(BuildError, match="install the CUDA toolkit or the triton package"):

@@ -1,8 +1,8 @@
 """Compiles the kernels: ``python -m nvfp4_megamoe.backends.sm100.build``. Needs no GPU and no driver.
 
 Shapes are run-time arguments: the same objects serve V4-Pro, V4-Flash and every other geometry of whole images. The
-build fails if a kernel spills or uses local memory, if registers or shared memory pass the limits of the architecture,
-or if a GEMM's machine code lacks the block-scaled instruction ``UTCOMMA ... 4X``.
+build fails if one of these two has no kernel, if a kernel spills or uses local memory, if registers or shared memory
+pass the limits of the architecture, or if a GEMM's machine code lacks the block-scaled instruction ``UTCOMMA ... 4X``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_megamoe.backends.sm100 import catalogue, objects
+from nvfp4_megamoe.backends.sm100.backend import shape_problem
 from nvfp4_megamoe.backends.sm100.objects import REGISTERS, SHARED_LIMIT, KernelObject
 
+# Local experts on one of eight ranks, hidden and intermediate size: what the objects must serve.
+GEOMETRIES = {"DeepSeek-V4-Pro": (48, 7168, 3072), "DeepSeek-V4-Flash": (32, 4096, 2048)}
 _TOOLS_HINT = "install the CUDA toolkit or the triton package (its wheel has both), or set CUOBJDUMP and NVDISASM"
 
 
@@ -88,6 +91,9 @@ def build(target: Path, names: tuple[str, ...] = catalogue.NAMES) -> list[tuple[
     Raises:
         BuildError: a rule is broken; nothing is left that a later run could load.
     """
+    unserved = {name: problem for name, shape in GEOMETRIES.items() if (problem := shape_problem(*shape))}
+    if unserved:
+        raise BuildError("; ".join(f"{name}: {problem}" for name, problem in unserved.items()))
     target.mkdir(parents=True, exist_ok=True)
     (target / objects.MANIFEST).unlink(missing_ok=True)
     report, broken = [], []
@@ -127,6 +133,11 @@ def main() -> None:
         stages = catalogue.stages(item.name)
         fields = (item.name, f"{seconds:.1f}", size, item.threads, item.registers, machine.spills, item.shared_bytes)
         print(" | ".join(str(field) for field in (*fields, stages, machine.multiplications)))
+    seconds, size = sum(item[2] for item in report), sum(item[3] for item in report)
+    print(f"{len(report)} kernels, {seconds:.1f} s, {size} bytes; they serve")
+    for name, (experts, hidden, inter) in GEOMETRIES.items():
+        print(f"  {name}: {experts} experts a rank, hidden {hidden}, intermediate {inter}")
+    print("  and every other hidden and intermediate size in multiples of 256")
     print(", ".join(f"{name} {value}" for name, value in versions().items()))
 
 
