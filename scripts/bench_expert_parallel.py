@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Measure DeepSeek-V4-Pro at full size on one host, with this project's kernels and with stock vLLM, in a given time.
+
+    bench_expert_parallel.py --minutes 60 --stock-site /tmp/stock --json expert-parallel.json
+
+1. V4-Pro's layers, few of them, from a checkpoint: tensor and expert parallel over all GPUs against one GPU. Same
+   log-probabilities and greedy tokens up to rounding, or the status is 1.
+2. All 61 layers with random weights made in place, 48 experts of 1.66 GiB a layer on every GPU, as 8 GPUs hold the 384
+   of V4-Pro: 384 on 8 GPUs, 192 on 4, 96 on 2. Time per output token at 1, 8, 32 and 128 sequences, prefill of 8192
+   tokens, memory left for the KV cache and the phases of start-up, for both vLLMs in turn.
+
+Every stage has a limit and the report is written after each, so a run that is cut off leaves what it has; ``--resume``
+goes on with the stages that are missing. NVLink multicast is switched off. DeepGEMM's kernels are compiled when first
+used, not all before ready (``VLLM_DEEP_GEMM_WARMUP=skip``): every measurement is preceded by one that is thrown away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cache_environment as caches
+from serving_bench import client, compare, report, whole_model
+from serving_bench.expert_parallel_report import OWN, STOCK, judge, render
+from serving_bench.server import Server, end_servers_with_this_process, server, start_phases
+
+EXPERTS_A_GPU = 48
+SEQUENCES = (1, 8, 32, 128)
+PROMPT_TOKENS, OUTPUT_TOKENS, PREFILL_TOKENS = 128, 48, 8192
+ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",  # its workspace may be multicast memory
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
+}
+FLAGS = (
+    "--tokenizer-mode deepseek_v4 --max-model-len 9216 --max-num-seqs 128 --max-num-batched-tokens 8192 "
+    "--kv-cache-dtype fp8 --block-size 256 --no-enable-prefix-caching --gpu-memory-utilization 0.93 "
+    "--cudagraph-capture-sizes 1 2 4 8 16 32 64 128 "
+    """--compilation-config '{"cudagraph_mode":"FULL_AND_PIECEWISE","pass_config":{"fuse_allreduce_rms":false}}'"""
+)
+SHM_GIB_A_GPU = 1.0
+LEAST_SECONDS = 60  # a stage is not begun with less time left
+
+
+class Bench:
+    """The stages, with what they share."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.a = arguments
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+
+    def left(self) -> float:
+        """Seconds until the budget is spent."""
+        return self.deadline - time.monotonic()
+
+    def server(
+        self, side: str, label: str, model: Path, gpus: list[int], extra: Sequence[str] = (), path: Sequence[Path] = ()
+    ) -> Server:
+        """A server of ``side`` on ``gpus``, not started."""
+        a = self.a
+        flags = [*shlex.split(a.flags), *extra]
+        if len(gpus) > 1:
+            flags += ["--tensor-parallel-size", str(len(gpus)), "--enable-expert-parallel"]
+        if side == OWN:
+            flags += ["--moe-backend", "nvfp4_megamoe"]
+        environment = {**ENVIRONMENT, **caches.environment(a.caches / side)}
+        folders = [a.own_site if side == OWN else a.stock_site, *path]
+        visible = gpus if a.devices else None
+        return server(f"{side}-{label}", model, flags, a.logs, path=folders, gpus=visible, environment=environment)
+
+    def few_layers(self, gpus: list[int]) -> dict:
+        """Log-probabilities and greedy tokens of the checkpoint with few layers."""
+        with self.server(OWN, f"few-{len(gpus)}", self.a.few_model, gpus) as running:
+            running.start(max(1.0, self.left()))
+            found = compare.answers(running.base_url)
+            again = compare.difference(compare.answers(running.base_url), found)
+            (self.a.logs / f"few-{len(gpus)}.json").write_text(json.dumps(found, default=vars))
+            return {
+                "itself": again,
+                "phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"])),
+                **running.facts(),
+            }
+
+    def compare_few(self, ranks: int) -> dict:
+        """All GPUs against one."""
+        one, many = (_answers(self.a.logs / f"few-{count}.json") for count in (1, ranks))
+        return compare.difference(many, one)
+
+    def whole(self, side: str, gpus: list[int]) -> dict:
+        """Times of the whole model."""
+        a = self.a
+        geometry = whole_model.pro(EXPERTS_A_GPU * len(gpus), a.layers)
+        model = whole_model.write(a.logs / f"whole-{len(gpus)}", geometry)
+        found: dict = {
+            "layers": geometry.layers, "experts": geometry.experts_count, "ranks": len(gpus),
+            "expert_gib_a_rank": whole_model.expert_bytes(geometry, len(gpus)) / 2**30, "decode": [],
+        }  # fmt: skip
+        extra = ["--load-format", "dummy"]
+        running = self.server(side, f"whole-{len(gpus)}", model, gpus, extra, [whole_model.PLUGIN])
+        before = caches.snapshot(a.caches / side)
+        made = self.report.data["stages"][f"{side}, whole model"]
+        made["partial"] = found  # what there is if the stage is cut off
+        with running:
+            running.start(max(1.0, self.left()))
+            found |= running.facts()
+            found["phases"] = start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))
+            found["memory_mib"] = _device_memory(gpus)
+            self.report.write()
+            for sequences in SEQUENCES:
+                client.decode(running.base_url, sequences, PROMPT_TOKENS, 8, seed=sequences)
+                timed = client.decode(running.base_url, sequences, PROMPT_TOKENS, OUTPUT_TOKENS, seed=1000 + sequences)
+                found["decode"].append(timed)
+                print(f"[bench] {side}: {timed}", flush=True)
+                self.report.write()
+            client.prefill(running.base_url, PREFILL_TOKENS, repeats=1, seed=1)
+            found["prefill"] = client.prefill(running.base_url, PREFILL_TOKENS, repeats=3, seed=2)
+            self.report.write()
+            found["answers_differ_from_themselves"] = self._sanity(running, side)
+            found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(a.caches / side)))
+            found |= running.facts()
+        made.pop("partial")
+        return found
+
+    def _sanity(self, running: Server, side: str) -> dict:
+        """Greedy tokens and log-probabilities are numbers, and the same twice."""
+        found = compare.answers(running.base_url)
+        (self.a.logs / f"whole-{side}.json").write_text(json.dumps(found, default=vars))
+        return compare.difference(compare.answers(running.base_url), found)
+
+    def compare_whole(self) -> dict:
+        """Own against stock: the weights made in place are the same."""
+        own, stock = (_answers(self.a.logs / f"whole-{side}.json") for side in (OWN, STOCK))
+        return compare.difference(own, stock)
+
+    def run(self, wanted: list[str], gpus: list[int], made: report.Report) -> None:
+        """Every wanted stage that there is time for."""
+        self.report = made
+        stages = {
+            "one GPU, few layers": ("few-one", lambda: self.few_layers(gpus[:1])),
+            "all GPUs, few layers": ("few-all", lambda: self.few_layers(gpus)),
+            "all GPUs against one": ("few-all", lambda: self.compare_few(len(gpus))),
+            f"{OWN}, whole model": ("whole-own", lambda: self.whole(OWN, gpus)),
+            f"{STOCK}, whole model": ("whole-stock", lambda: self.whole(STOCK, gpus)),
+            "own against stock, whole model": ("whole-stock", self.compare_whole),
+        }
+        for name, (group, stage) in stages.items():
+            if group not in wanted or "result" in made.data["stages"].get(name, {}):
+                continue
+            if self.left() < LEAST_SECONDS and "against" not in name:
+                made.skip(name, f"{self.left():.0f} s of the budget were left, {LEAST_SECONDS} are needed")
+            else:
+                made.stage(name, stage)
+
+
+def _answers(path: Path) -> dict[str, list]:
+    stored = json.loads(path.read_text())
+    return {"logprobs": stored["logprobs"], "greedy": [client.Greedy(**each) for each in stored["greedy"]]}
+
+
+def _device_memory(gpus: list[int]) -> list[int]:
+    """MiB in use on each device, as nvidia-smi counts; empty without it."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", ",".join(map(str, gpus))]
+    return [int(line) for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
+
+
+def shared_memory_fault(ranks: int) -> str | None:
+    """Why /dev/shm is too small for ``ranks`` ranks, or None."""
+    free = shutil.disk_usage("/dev/shm").free / 2**30
+    if ranks > 1 and free < SHM_GIB_A_GPU * ranks:
+        return (
+            f"/dev/shm has {free:.1f} GiB free, {ranks} ranks need {SHM_GIB_A_GPU * ranks:.0f}: enlarge it "
+            "(mount -o remount,size=16G /dev/shm; docker run --shm-size 16g)"
+        )
+    return None
+
+
+def devices() -> list[int]:
+    """Indices of the GPUs that this process may use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [int(index) for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return list(range(sum(line.startswith("GPU ") for line in listed.splitlines())))
+
+
+def main() -> int:
+    """Run the stages within the budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="budget of this run")
+    parser.add_argument("--stages", default="few-one,few-all,whole-own,whole-stock", help="default: all, in this order")
+    parser.add_argument("--ranks", type=int, help="GPUs to use: 2, 4 or 8; default: the most of these that there are")
+    parser.add_argument("--layers", type=int, default=whole_model.PRO_LAYERS, help="of the whole model")
+    parser.add_argument("--few-model", type=Path, default=Path("build/pro-few"), help="checkpoint; written if absent")
+    parser.add_argument("--few-layers", type=int, default=4)
+    parser.add_argument("--few-experts", type=int, default=64)
+    parser.add_argument("--own-site", type=Path, help="folder with the patched vllm; default: this Python's")
+    parser.add_argument("--stock-site", type=Path, help="folder with an unpatched vllm, for whole-stock")
+    parser.add_argument("--caches", type=Path, default=Path("build/caches"), help="a directory below it for each side")
+    parser.add_argument("--logs", type=Path, default=Path("build/bench-logs"))
+    parser.add_argument("--flags", default=FLAGS, help=f"of every server, default: {FLAGS}".replace("%", "%%"))
+    parser.add_argument("--json", type=Path, required=True, help="the report; the table goes beside it, .md")
+    parser.add_argument("--resume", action="store_true", help="keep the finished stages of an earlier report")
+    a = parser.parse_args()
+    wanted = a.stages.split(",")
+    if unknown := set(wanted) - {"few-one", "few-all", "whole-own", "whole-stock"}:
+        parser.error(f"--stages: unknown {', '.join(sorted(unknown))}")
+    if "whole-stock" in wanted and a.stock_site is None:
+        parser.error("--stock-site: name a folder with an unpatched vllm, or leave whole-stock out of --stages")
+    found = devices()
+    a.devices = bool(found)
+    a.ranks = a.ranks or next((n for n in (8, 4, 2) if n <= len(found)), 1)
+    if found and a.ranks > len(found):
+        parser.error(f"--ranks {a.ranks}: {len(found)} GPUs are visible")
+    if fault := shared_memory_fault(a.ranks):
+        print(fault, file=sys.stderr)
+        return 2
+    a.caches, a.logs, a.few_model = a.caches.absolute(), a.logs.absolute(), a.few_model.absolute()
+    a.logs.mkdir(parents=True, exist_ok=True)
+    end_servers_with_this_process()
+    made = report.Report(a.json, render)
+    if a.resume and a.json.exists():
+        made.data["stages"] = json.loads(a.json.read_text())["stages"]
+    if {"few-one", "few-all"} & set(wanted) and not (a.few_model / "config.json").exists():
+        tool = [sys.executable, str(Path(__file__).with_name("make_checkpoint.py")), str(a.few_model)]
+        tool += ["--preset", "pro", "--max-positions", str(whole_model.POSITIONS)]
+        subprocess.run([*tool, "--layers", str(a.few_layers), "--experts-count", str(a.few_experts)], check=True)
+    Bench(a).run(wanted, (found or list(range(a.ranks)))[: a.ranks], made)
+    made.data["wrong"] = judge(made.data)
+    made.write()
+    print(render(made.data))
+    return 1 if made.data["wrong"] or made.failed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

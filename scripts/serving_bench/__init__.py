@@ -1,0 +1,1 @@
+"""Servers under measurement: how they are started, driven, compared and reported."""
