@@ -20,6 +20,8 @@ from pathlib import Path
 from cache_environment import default_root, environment
 from launch import flags, serve
 from launch.supervise import Supervisor
+from startup_status import DEFAULT_DIRECTORY
+from status.rank_files import remove_ended
 
 UNUSABLE, REFUSED = 2, 10
 MODES = ("strict", "report", "off")
@@ -47,6 +49,18 @@ def server_environment(base: dict[str, str], cache: Path, ranks_here: int) -> di
     return {**settings, **base}
 
 
+def _forget_earlier_starts() -> None:
+    """Let the status service wait for this start's ranks, instead of telling how the start before it ended."""
+    directory = os.environ.get("MEGA_MOE_STATUS_DIR", DEFAULT_DIRECTORY)
+    # Servers that share a run's name are one start: a dead rank of another one is news.
+    if directory == "0" or os.environ.get("MEGA_MOE_RUN_ID"):
+        return
+    try:
+        remove_ended(Path(directory))
+    except OSError as error:
+        print(f"[entrypoint] status files of earlier starts stay: {error}", file=sys.stderr, flush=True)
+
+
 def _cpu_build() -> bool:
     """Whether the installed vLLM is the CPU build; its name says so without the seconds that an import takes."""
     try:
@@ -72,6 +86,7 @@ def main(arguments: list[str]) -> int:
     except flags.FlagError as error:
         print(f"[entrypoint] {error}", file=sys.stderr, flush=True)
         return UNUSABLE
+    _forget_earlier_starts()
     if mode != "off":
         failed = supervisor.run(preflight_command(serving, cache), settings) != 0
         if failed and not supervisor.told and mode == "strict":

@@ -140,6 +140,16 @@ def test_orphans_are_reaped_and_the_rest_of_the_session_ends(tmp_path: Path) -> 
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("settings, left", [({}, []), ({"MEGA_MOE_RUN_ID": "same"}, ["old-rank0.json"])])
+def test_an_earlier_start_is_forgotten(tmp_path: Path, settings: dict[str, str], left: list[str]) -> None:
+    status = tmp_path / "status"
+    status.mkdir()
+    (status / "old-rank0.json").write_text("{}")
+    result = _run([str(tmp_path)], MEGA_MOE_STATUS_DIR=str(status), **settings)
+    assert result.returncode == entrypoint.REFUSED
+    assert [path.name for path in status.iterdir()] == left
+
+
 def test_the_server_gets_caches_and_the_users_settings_win(tmp_path: Path) -> None:
     base = {"MEGA_MOE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": "/mine", "OMP_NUM_THREADS": "3"}
     settings = entrypoint.server_environment(base, tmp_path, 1)

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.startup_cases import (
     SCRIPTS,
+    Limits,
     Ranks,
     collector,
     look_for,
@@ -274,6 +275,26 @@ def test_a_run_that_dies_while_watched_is_a_failure_until_the_next(directory: Pa
         look_until(watch, state_is("failed"))
         ranks.start(0, 1, "ready", run="second")
         assert look_until(watch, state_is("ready")).ranks[0][0].run == "second"
+
+
+def test_the_next_start_is_waited_for_anew(directory: Path) -> None:
+    """The entrypoint removes what an ended start left; how long the service watched that one does not count."""
+    with Ranks(directory) as ranks:
+        first = ranks.start(0, 1, "load:3000:0.05", run="first")
+        watch = collector(directory)
+        look_until(watch, phase_is(0, "checkpoint read"))
+        rank_files.remove_ended(directory)
+        assert watch.look().ranks, "a living rank's files stay"
+        first.kill()
+        first.wait()
+        (directory / "first.ending").touch()
+        look_until(watch, lambda snapshot: snapshot.verdict.state != "progressing")
+        rank_files.remove_ended(directory)
+        assert not list(directory.iterdir())
+        # Longer than the service has waited for ranks, shorter than it runs.
+        watch._limits = Limits(first_report_after_s=0.5)
+        assert watch.look().verdict.state == "progressing"
+        look_until(watch, state_is("stalled"))
 
 
 def test_a_runs_name_may_be_used_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

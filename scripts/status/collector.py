@@ -100,8 +100,8 @@ class Collector:
         self._expected = expected
         self._health = health
         self._history = history or History(None)
-        self._began = time.monotonic()
-        self._began_unix = time.time()
+        # Since when there are no ranks, monotonic and Unix time.
+        self._waiting_since = time.monotonic(), time.time()
         self._movements: dict[tuple[str, int, float], Movement] = {}
         self._ready_at: tuple[str | None, float] | None = None
         self.snapshot = self.look()
@@ -111,6 +111,8 @@ class Collector:
         ranks = self._files.read()
         samples = sample(status.owner for status in ranks if status.owner)
         now = time.monotonic()
+        if ranks:
+            self._waiting_since = now, time.time()
         movements = {}
         for status in ranks:
             key = (status.run, status.rank, status.process_started)
@@ -124,7 +126,7 @@ class Collector:
         health = self._health()
         verdict = judge(
             now,
-            self._began,
+            self._waiting_since[0],
             seen,
             self._expected,
             health,
@@ -132,7 +134,7 @@ class Collector:
             ending=self._files.ending,
             refusal=self._files.refusal,
         )
-        started = min((status.process_started for status in ranks), default=self._began_unix)
+        started = min((status.process_started for status in ranks), default=self._waiting_since[1])
         self.snapshot = Snapshot(
             at=time.time(),
             monotonic=now,

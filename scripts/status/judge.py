@@ -61,8 +61,8 @@ def judge(
 ) -> Verdict:
     """Judge at monotonic time ``now``.
 
-    ``started`` is when the service began, ``expected`` how many ranks this host should have, ``ending`` whether the
-    server was told to end, and ``refusal`` why a newer start ended before it had ranks.
+    ``started`` is since when there are no ranks, if there are none, ``expected`` how many ranks this host should have,
+    ``ending`` whether the server was told to end, and ``refusal`` why a newer start ended before it had ranks.
     """
     if refusal is not None:
         return Verdict(FAILED, f"the server refused to start: {refusal}")

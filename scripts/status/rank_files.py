@@ -121,6 +121,20 @@ def _of_this_start(members: list[RankStatus]) -> list[RankStatus]:
     return [member for member in members if member.alive or member.heartbeat >= began - RESTART_S]
 
 
+def remove_ended(directory: Path) -> None:
+    """Remove what earlier starts left in ``directory``; the files of a run of which a rank lives stay.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    locks = directory.glob("*-rank*.lock")
+    living = {path.name.rpartition("-rank")[0] for path in locks if lock_owner(path) is not None}
+    for suffix in (".json", ".lock", ".tmp", ".ending", ".refused"):
+        for path in directory.glob(f"*{suffix}"):
+            if path.stem.rpartition("-rank")[0] not in living and path.stem not in living:
+                path.unlink(missing_ok=True)
+
+
 class RankFiles:
     """The newest run in ``directory``, or run ``run_id`` only.
 

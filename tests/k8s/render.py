@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "single-node-8xb200": ("single-node-8xb200", ()),
     "single-node-8xb200, data-parallel": ("single-node-8xb200", ("data-parallel", "servicemonitor")),
     "single-node-8xh200": ("single-node-8xh200", ()),
-    "single-node-8xh200, monitored": ("single-node-8xh200", ("servicemonitor",)),
+    "single-node-8xh200, monitored": ("single-node-8xh200", ("servicemonitor", "dashboard")),
     "multi-node-lws": ("multi-node-lws", ()),
     "multi-node-lws, infiniband": ("multi-node-lws", ("infiniband", "servicemonitor")),
     "cpu-demo": ("cpu-demo", ()),
@@ -51,6 +51,7 @@ def build_case(name: str, folder: Path, manifests: Path = MANIFESTS) -> list[Obj
     overlay, components = CASES[name]
     copy = folder / "k8s"
     shutil.copytree(manifests, copy)
+    shutil.copytree(ROOT / "monitoring" / "grafana", folder / "monitoring" / "grafana")
     own = folder / "own"
     own.mkdir()
     content = {

@@ -9,8 +9,8 @@ from jsonschema import Draft202012Validator
 
 from .objects import Object
 
-# The newest release whose schemas kubernetes-validate 1.34.1 has.
-VERSION = "1.34"
+# The oldest release that docs/operations.md allows, and the newest that kubernetes-validate 1.34.1 has.
+VERSIONS = ("1.30", "1.34")
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> Object:
@@ -55,6 +55,7 @@ _LEADER_WORKER_SET = _object(
 # The part of the Prometheus operator's ServiceMonitor that is used here.
 _SERVICE_MONITOR = _object(
     ("selector", "endpoints"),
+    jobLabel=_TEXT,
     selector=_object((), matchLabels=_LABELS),
     namespaceSelector=_object((), any={"type": "boolean"}, matchNames={"type": "array", "items": _TEXT}),
     endpoints={
@@ -104,13 +105,15 @@ def problems(objects: list[Object]) -> list[str]:
 
 
 def _built_in(each: Object, name: str) -> list[str]:
-    try:
-        kubernetes_validate.validate(each, VERSION, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        return [f"{name} {_path(error.path)}: {error.message}"]
-    except kubernetes_validate.SchemaNotFoundError:
-        return [f"{name}: Kubernetes {VERSION} has no {each.get('apiVersion')} {each.get('kind')}"]
-    return []
+    found = []
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(each, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            found.append(f"{name} {_path(error.path)}: {error.message} (Kubernetes {version})")
+        except kubernetes_validate.SchemaNotFoundError:
+            found.append(f"{name}: Kubernetes {version} has no {each.get('apiVersion')} {each.get('kind')}")
+    return found
 
 
 def _embedded(each: Object, name: str) -> list[str]:

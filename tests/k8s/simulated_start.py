@@ -69,11 +69,16 @@ class Start:
 
 @dataclass
 class World:
-    """The starts of one pod, the next one at each restart; ``service_away``: whether the status service is silent."""
+    """The starts of one pod, the next one at each restart.
+
+    ``service_away``: whether the status service is silent. ``forgets``: whether the entrypoint removes the files of the
+    start before, as it does unless MEGA_MOE_RUN_ID is set.
+    """
 
     starts: list[Start]
     limits: Limits = field(default_factory=Limits)
     service_away: Callable[[float], bool] = lambda now: False
+    forgets: bool = True
     _current: int = 0
     _movements: dict[tuple[int, float], Movement] = field(default_factory=dict)
     _seen: tuple[float, Verdict] | None = None
@@ -101,7 +106,7 @@ class World:
             return self._seen[1]
         start = self.starts[self._current]
         ranks = start.ranks(now)
-        if not ranks and self._current:
+        if not ranks and self._current and not self.forgets:
             before = self.starts[self._current - 1].ranks(start.began)
             ranks = [RankStatus(**(vars(status) | {"owner": None})) for status in before]
         moved = []
@@ -114,6 +119,6 @@ class World:
         else:
             self._bad_since = now if self._bad_since is None else self._bad_since
             health = Health(_URL, None, "connection refused", self._bad_since)
-        verdict = judge(now, 0.0, moved, None, health, self.limits)
+        verdict = judge(now, start.began, moved, None, health, self.limits)
         self._seen = (now, verdict)
         return verdict

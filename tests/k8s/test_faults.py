@@ -70,6 +70,7 @@ FAULTS = [
     Fault("policy", NODE, f"NetworkPolicy/{_OUR}", "spec.podSelector.matchLabels", _OTHER, wiring.selectors, "every"),
     Fault("monitor port", NODE, f"ServiceMonitor/{_OUR}", "spec.endpoints.1.port", "stats", wiring.selectors, "stats"),
     Fault("monitored", NODE, _PAGE, "metadata.labels", _OTHER, wiring.selectors, "scrapes"),
+    Fault("job", NODE, f"ServiceMonitor/{_OUR}", "spec.jobLabel", _DELETED, wiring.selectors, "makes jobs"),
     Fault("API of a worker", GROUP, _API, "spec.selector", {"app.kubernetes.io/name": _OUR}, wiring.ports, "worker"),
     # ports
     Fault("target", NODE, _API, "spec.ports.0.targetPort", 8080, wiring.ports, "wants port 8080"),

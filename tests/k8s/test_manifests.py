@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
+import yaml
 
 from . import schemas, serving, wiring
 from .flags import parse
 from .objects import Object, environment, of_kind, pods, server_arguments
-from .render import CASES, MANIFESTS, ROOT, build
+from .render import CASES, MANIFESTS, ROOT, build, renderer
 
 CHECKS = (*wiring.CHECKS, *serving.CHECKS)
 
@@ -60,3 +63,30 @@ def test_the_guide_explains_every_flag_and_variable(case: str, rendered: Callabl
         words |= {container["name"] for container in pod.containers() if container["name"] != "server"}
     words |= {each["metadata"]["name"] for each in of_kind(rendered(case), "PersistentVolumeClaim")}
     assert not [word for word in sorted(words) if word not in guide]
+
+
+def test_the_dashboard_is_the_one_of_compose(rendered: Callable[[str], list[Object]]) -> None:
+    (config,) = of_kind(rendered("single-node-8xh200, monitored"), "ConfigMap")
+    assert config["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    (name,) = config["data"]
+    assert config["data"][name] == (ROOT / "monitoring" / "grafana" / "dashboards" / name).read_text()
+
+
+def test_the_guides_command_makes_a_prometheus_rule() -> None:
+    guide = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"^\{ printf .*?\| kubectl", guide, re.DOTALL | re.MULTILINE)
+    printed = subprocess.run(
+        ["bash", "-c", command.removesuffix("| kubectl")], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    rule, alerts = yaml.safe_load(printed), yaml.safe_load((ROOT / "monitoring/prometheus/alerts.yml").read_text())
+    assert (rule["kind"], rule["spec"]) == ("PrometheusRule", alerts)
+
+
+def test_without_a_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    monkeypatch.delenv("REQUIRE_KUBECTL", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="neither kubectl nor kustomize"):
+        renderer()
+    monkeypatch.setenv("REQUIRE_KUBECTL", "1")
+    with pytest.raises(pytest.fail.Exception, match="REQUIRE_KUBECTL=1"):
+        renderer()

@@ -60,16 +60,17 @@ def test_a_server_that_stops_to_answer_is_restarted(server: Container) -> None:
     assert kubelet.restarts[0][0] - HOUR <= PROMISE
 
 
-def test_a_server_that_never_reports_is_restarted(server: Container) -> None:
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_server_that_never_reports_is_restarted(server: Container, forgets: bool) -> None:
     never = [Start(import_s=float("inf")), Start(import_s=float("inf"))]
-    kubelet = run(server, World(never), 3 * HOUR)
+    kubelet = run(server, World(never, forgets=forgets), 3 * HOUR)
     assert 2 <= len(kubelet.restarts) <= 5
     assert kubelet.restarts[0][0] <= Limits().first_report_after_s + PROMISE
 
 
 def test_the_verdict_of_the_start_before_ends_no_start(server: Container) -> None:
-    """Its dead ranks' files are there until the new ranks have written theirs."""
-    world = World([Start(dies_at=100.0), Start(import_s=29 * MINUTE)])
+    """Its dead ranks' files may be there until the new ranks have written theirs."""
+    world = World([Start(dies_at=100.0), Start(import_s=29 * MINUTE)], forgets=False)
     kubelet = run(server, world, 3 * HOUR)
     assert len(kubelet.restarts) == 1 and kubelet.ready
 
@@ -99,7 +100,7 @@ def test_faulty_probes_are_found(server: Container) -> None:
     stalled = run(bounded, World([Start(stalls_at=100.0)]), 2 * HOUR)
     assert stalled.restarts[0][0] > 100.0 + PROMISE, "leaves a stalled load alone until the bound"
     hasty = _changed(server, startupProbe=None)
-    old = World([Start(dies_at=100.0), Start(import_s=29 * MINUTE)])
+    old = World([Start(dies_at=100.0), Start(import_s=29 * MINUTE)], forgets=False)
     assert len(run(hasty, old, HOUR).restarts) > 1, "kills by the verdict of the start before"
     nervous = _changed(server, livenessProbe={"failureThreshold": 3})
     away = World([Start()], service_away=lambda now: 500.0 <= now < 620.0)

@@ -6,7 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+import yaml
+
 from .objects import Object, Pod, of_kind, pods, selected
+from .render import ROOT
 
 _CLUSTER_WIDE = {"Namespace"}
 _QUANTITY = re.compile(r"([0-9]+|[0-9]*\.[0-9]+)(m|k|Ki|Mi|Gi|Ti|M|G|T)?")
@@ -55,6 +58,14 @@ def _monitor(monitor: Object, name: str, objects: list[Object]) -> Iterator[str]
     asked = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
     if asked != ports:
         yield f"{name} scrapes ports {sorted(asked)}, the services it selects have {sorted(ports)}"
+    jobs = {each["metadata"].get("labels", {}).get(monitor["spec"].get("jobLabel")) for each in services}
+    if jobs != (wanted_jobs := _compose_jobs()):
+        yield f"{name} makes jobs {jobs}, dashboard and alerts ask for {wanted_jobs}"
+
+
+def _compose_jobs() -> set[str]:
+    configuration = yaml.safe_load((ROOT / "monitoring" / "prometheus" / "prometheus.yml").read_text())
+    return {each["job_name"] for each in configuration["scrape_configs"]}
 
 
 def ports(objects: list[Object]) -> Iterator[str]:
