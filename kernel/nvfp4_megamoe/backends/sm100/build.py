@@ -2,7 +2,8 @@
 
 Shapes are run-time arguments: the same objects serve V4-Pro, V4-Flash and every other geometry of whole images. The
 build fails if one of these two has no kernel, if a kernel spills or uses local memory, if registers or shared memory
-pass the limits of the architecture, or if a GEMM's machine code lacks the block-scaled instruction ``UTCOMMA ... 4X``.
+pass the limits of the architecture, if a GEMM's machine code lacks the block-scaled instruction ``UTCOMMA ... 4X``, or
+if one of its asynchronous instructions sits in a loop that elects threads.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nvfp4_megamoe.backends.sm100 import catalogue, objects
+from nvfp4_megamoe.backends.sm100 import catalogue, objects, sass
 from nvfp4_megamoe.backends.sm100.backend import shape_problem
 from nvfp4_megamoe.backends.sm100.objects import REGISTERS, SHARED_LIMIT, KernelObject
 
@@ -33,13 +34,15 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine code of one kernel uses."""
+    """What the machine code of one kernel uses; ``stage``: instructions of each role for a pipeline stage."""
 
     registers: int
     stack: int
     local: int
     spills: int
     multiplications: int
+    elections: int = 0
+    stage: dict[str, float] = field(default_factory=dict)
 
 
 def find_tool(name: str) -> str:
@@ -61,7 +64,15 @@ def inspect(cubin: Path) -> Machine:
     code = _output([find_tool("nvdisasm"), "-c", cubin])
     spills = len(re.findall(r"\b(?:STL|LDL)(?:\.\w+)*\s", code))
     multiplications = len(re.findall(r"\bUTCOMMA(?:\.\w+)*\.4X\b", code))
-    return Machine(numbers["REG"], numbers["STACK"], numbers["LOCAL"], spills, multiplications)
+    return Machine(
+        numbers["REG"],
+        numbers["STACK"],
+        numbers["LOCAL"],
+        spills,
+        multiplications,
+        sass.elections(code),
+        sass.instructions_a_stage(code),
+    )
 
 
 def _output(command: list) -> str:
@@ -82,6 +93,8 @@ def problems(name: str, item: KernelObject, machine: Machine) -> list[str]:
         found.append(f"{item.shared_bytes} bytes of shared memory pass {SHARED_LIMIT}")
     if name.startswith("gemm") and not machine.multiplications:
         found.append("no UTCOMMA ... 4X instruction")
+    if machine.elections:
+        found.append(f"{machine.elections} loops elect a thread for one asynchronous instruction")
     return [f"{name}: {text}" for text in found]
 
 
@@ -128,11 +141,15 @@ def main() -> None:
         report = build(args.output)
     except BuildError as error:
         sys.exit(f"error: {error}")
-    print("kernel | compile s | cubin bytes | threads | registers | spills | shared bytes | stages | UTCOMMA 4X")
+    print(
+        "kernel | compile s | cubin bytes | threads | registers | spills | shared bytes | stages | UTCOMMA 4X"
+        " | instructions a stage"
+    )
     for item, machine, seconds, size in report:
         stages = catalogue.stages(item.name)
         fields = (item.name, f"{seconds:.1f}", size, item.threads, item.registers, machine.spills, item.shared_bytes)
-        print(" | ".join(str(field) for field in (*fields, stages, machine.multiplications)))
+        roles = ", ".join(f"{role} {number:.0f}" for role, number in machine.stage.items())
+        print(" | ".join(str(value) for value in (*fields, stages, machine.multiplications, roles)))
     seconds, size = sum(item[2] for item in report), sum(item[3] for item in report)
     print(f"{len(report)} kernels, {seconds:.1f} s, {size} bytes; they serve")
     for name, (experts, hidden, inter) in GEOMETRIES.items():
