@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cache_environment as caches
-from serving_bench import compare, report
+from serving_bench import client, compare, report
 from serving_bench.server import NAME, Server, ServerError, end_servers_with_this_process, server, start_phases
 from serving_bench.warm_plan import plan
 from warm_up import drive
@@ -81,6 +82,7 @@ class Side:
         self.name, self.site, self.gpu, self.arguments = name, site, gpu, arguments
         self.root = arguments.caches / name
         self.answers: dict[str, list] | None = None
+        self.driven: list = []  # what the first start was warmed with
 
     def server(self, label: str) -> Server:
         """A server that is not started."""
@@ -101,10 +103,14 @@ class Side:
             ready = caches.snapshot(self.root)
             found = {"phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))}
             found["files_until_ready"] = caches.by_compiler(caches.changed(before, ready))
-            found["warm"] = drive(running.base_url, plan(a.batched_tokens, a.sequences, a.length), 0)
+            groups = plan(a.batched_tokens, a.sequences, a.length)
+            found["warm"] = drive(running.base_url, groups, 0, a.warm_seconds)
+            self.driven = groups[: found["warm"]["groups"]]
             found["files_after_ready"] = caches.by_compiler(caches.changed(ready, caches.snapshot(self.root)))
             self.answers = compare.answers(running.base_url)
             found["itself"] = compare.difference(compare.answers(running.base_url), self.answers)
+            for inputs, outputs, _, at_once in a.settings.values():
+                client.decode(running.base_url, at_once, inputs, outputs)  # what it compiles is not measured
             found["bench"] = {
                 name: vllm_bench(running, a.model, setting, a.logs / f"{self.name}-{name}.json", a.bench_flags)
                 for name, setting in a.settings.items()
@@ -118,7 +124,7 @@ class Side:
         with self.server("second") as running:
             running.start(a.timeout)
             found = {"phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))}
-            found["warm"] = drive(running.base_url, plan(a.batched_tokens, a.sequences, a.length), 1)
+            found["warm"] = drive(running.base_url, self.driven, 1)
             found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(self.root)))
             return found | running.facts()
 
@@ -214,6 +220,7 @@ def main() -> int:
     parser.add_argument("--flags", default=FLAGS, help=f"of both servers, default: {FLAGS}".replace("%", "%%"))
     parser.add_argument("--bench-flags", default="", help="further flags of vllm bench serve")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of prompts that vllm bench sends")
+    parser.add_argument("--warm-seconds", type=float, default=math.inf, help="for requests of every shape, after ready")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a start")
     parser.add_argument("--json", type=Path, required=True, help="the report; the table goes beside it, .md")
     a = parser.parse_args()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -27,17 +28,24 @@ from serving_bench.server import ServerError, compilations, end_servers_with_thi
 from serving_bench.warm_plan import plan
 
 
-def drive(base_url: str, groups: list, seed: int) -> dict[str, float]:
-    """Send each group of requests together, one after another; returns seconds in all and of the slowest group."""
-    began, slowest = time.monotonic(), 0.0
+def drive(base_url: str, groups: list, seed: int, limit_s: float = math.inf) -> dict[str, float]:
+    """Send each group of requests together, one after another, none after ``limit_s``.
+
+    Returns:
+        Groups and requests sent, of how many groups, seconds in all and of the slowest group.
+    """
+    began, slowest, sent = time.monotonic(), 0.0, 0
     for number, group in enumerate(groups):
         started = time.monotonic()
+        if started - began > limit_s:
+            break
         prompts = [client.prompt(length, seed * 100_000 + number * 1000 + i) for i, (length, _) in enumerate(group)]
         client.together(base_url, prompts, group[0][1])
-        slowest = max(slowest, time.monotonic() - started)
+        slowest, sent = max(slowest, time.monotonic() - started), number + 1
     return {
-        "groups": len(groups),
-        "requests": sum(map(len, groups)),
+        "groups": sent,
+        "of_groups": len(groups),
+        "requests": sum(map(len, groups[:sent])),
         "seconds": round(time.monotonic() - began, 1),
         "slowest_group_s": round(slowest, 2),
     }

@@ -128,7 +128,7 @@ def test_the_plan_fits_the_server_and_reaches_every_block_and_batch(batched, seq
     assert all(
         prompt >= 1 and output >= 1 and prompt + output <= length for group in groups for prompt, output in group
     )
-    assert max(map(len, groups)) == sequences or sequences == 1
+    assert max(map(len, groups)) == max(sequences, 1)
     lone = [group[0][0] for group in groups if len(group) == 1]
     steps = {-(-tokens // 64) for tokens in lone}
     assert steps >= set(range(1, min(batched, length - 1, warm_plan.FINE_TOKENS) // 64 + 1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 BLOCK = 64
 FINE_TOKENS = 68 * BLOCK  # from here on mHC has one split: 132 multiprocessors over 67 blocks or more
 COARSE_STEP = 1024
+COARSE_STRIDE = 8
 DECODE_TOKENS = 4
 
 Group = list[tuple[int, int]]
@@ -32,14 +33,16 @@ def plan(max_batched_tokens: int, max_sequences: int, max_length: int) -> list[G
             f"max_batched_tokens {max_batched_tokens}, max_sequences {max_sequences} and max_length {max_length}: "
             "expected at least 1, 1 and 2"
         )
-    groups = [[(length, 1)] for length in prefill_lengths(max_batched_tokens, max_length)]
     short = max(1, min(24, max_length - DECODE_TOKENS))
     output = min(DECODE_TOKENS, max_length - short)
-    groups += [[(short, output)] * count for count in batch_sizes(max_sequences)]
+    groups = [[(short, output)] * count for count in batch_sizes(max_sequences)]
     # Prefills of several requests in one step, beside others that decode.
     mixed = [300, 5, 64, 1500, 17, 128, 2, 700]
     groups.append([(min(n, max_length - output), output) for n in mixed[:max_sequences]])
-    return groups
+    # Coarse first, so that a pass that is cut short has seen every range.
+    lengths = prefill_lengths(max_batched_tokens, max_length)
+    coarse = lengths[::COARSE_STRIDE]
+    return groups + [[(length, 1)] for length in [*coarse, *sorted(set(lengths) - set(coarse))]]
 
 
 def prefill_lengths(max_batched_tokens: int, max_length: int) -> list[int]:
