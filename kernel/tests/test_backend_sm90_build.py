@@ -24,8 +24,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "wgmma.cuh").write_text(build.wgmma_header())
     (folder / "some.cu").write_text(
         '#include "gemm.cuh"\n#include "repack.cuh"\n#include "route.cuh"\nusing namespace sm90;\n'
-        "template __global__ void sm90::gemm_kernel<0, 4, 24, 24, 8>(const __grid_constant__ GemmParams);\n"
-        "template __global__ void sm90::gemm_kernel<1, 2, 128, 128, 32>(const __grid_constant__ GemmParams);\n"
+        "template __global__ void sm90::gemm_kernel<0, 0, 4, 2, 24, 24, 8>(const __grid_constant__ GemmParams);\n"
+        "template __global__ void sm90::gemm_kernel<1, 0, 2, 2, 128, 128, 32>(const __grid_constant__ GemmParams);\n"
+        "template __global__ void sm90::gemm_kernel<0, 1, 2, 2, 80, 80, 8>(const __grid_constant__ GemmParams);\n"
+        "template __global__ void sm90::gemm_kernel<1, 1, 2, 1, 256, 256, 32>(const __grid_constant__ GemmParams);\n"
         "template __global__ void sm90::route_kernel<int>(const __grid_constant__ RouteParams);\n"
     )
     command = [
@@ -48,7 +50,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_no_serialized_wgmma_and_no_spills(report: str) -> None:
     assert build.report_problems(report) == []
     use = build.kernel_resources(report)
-    assert len([name for name in use if "gemm_kernel" in name]) == 2
+    assert len([name for name in use if "gemm_kernel" in name]) == 4
     assert len([name for name in use if "repack" in name or "route" in name or "reduce" in name]) >= 3
 
 
@@ -60,14 +62,31 @@ def test_report_problems_are_found(report: str) -> None:
 
 
 def test_every_variant_is_compiled() -> None:
-    cases = re.findall(r"case (\d+): return launch_gemm", (build.SOURCES / "api.cu").read_text())
-    assert tuple(int(c) for c in cases) == backend.VARIANTS
+    source = (build.SOURCES / "api.cu").read_text()
+    for precision, variants in (("kBf16", backend.VARIANTS), ("kE4m3", backend.E4M3_VARIANTS)):
+        cases = re.findall(rf"case (\d+): return launch_one<PHASE, {precision}", source)
+        assert tuple(int(c) for c in cases) == variants
 
 
 def test_variant_is_chosen_from_shapes() -> None:
     chosen = [backend.choose_variant(tokens, 6, 48) for tokens in (1, 8, 64, 128, 512, 2048, 16384)]
     assert chosen == sorted(chosen) and chosen[0] == 8 and chosen[-1] == 128
     assert all(v in backend.VARIANTS for v in chosen)
+    chosen = [backend.choose_variant(tokens, 6, 48, e4m3=True) for tokens in (1, 512, 2048, 16384)]
+    assert chosen == sorted(chosen) and chosen[-1] == backend.E4M3_VARIANTS[-1]
+    assert all(v in backend.E4M3_VARIANTS for v in chosen)
+
+
+def test_policies() -> None:
+    def in_e4m3(policy: str | None, tokens: int) -> tuple[bool, bool]:
+        return backend.Sm90Backend(GEOMETRY, policy).in_e4m3(tokens, GEOMETRY.num_experts)
+
+    for tokens in (1, 64, 10**6):
+        assert in_e4m3("exact", tokens) == in_e4m3("w4a16", tokens) == (False, False)
+        assert in_e4m3("w4a8", tokens) == (True, True)
+    assert in_e4m3("fast", 1) == in_e4m3("auto", 1) == in_e4m3(None, 1) == (False, False)
+    assert in_e4m3("fast", 8192) == (True, True)
+    assert in_e4m3("auto", 8192) == in_e4m3(None, 8192) == (False, True)
 
 
 @pytest.mark.parametrize(

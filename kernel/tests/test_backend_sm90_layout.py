@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
-from nvfp4_megamoe.backends.sm90 import layout
+from nvfp4_megamoe.backends.sm90 import build, layout
 from nvfp4_megamoe.numerics import nvfp4
 
-ROWS, K = 256, 192
+ROWS, K = 256, 384
 
 
 def random_weights(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,13 +57,74 @@ def test_planted_faults_are_noticed(rng: torch.Generator, fault: str, monkeypatc
     assert not torch.equal(layout.decode(values, scales, ROWS, K, gate_up), expected)
 
 
-def test_words_of_a_unit_use_every_bit_once() -> None:
-    masks = [
-        layout._rotl(torch.tensor(layout.PAIR_MASK), m - 6).item() for m in (*layout.FIRST_WORD, *layout.SECOND_WORD)
-    ]
-    fourth = [layout._rotl(torch.tensor(layout.PAIR_MASK), m - 6).item() for m in layout.FOURTH_PAIRS]
-    first, second = masks[:3], masks[3:]
+def test_words_of_a_block_use_every_bit_once() -> None:
+    first, second, both = (
+        [layout._rotl(torch.tensor(layout.PAIR_MASK), layout.PAIR_AT[i] - 6).item() for i in pairs]
+        for pairs in (layout.FIRST_WORD, layout.SECOND_WORD, layout.BOTH_WORDS)
+    )
     shared = layout.SHARED_MASK
     assert sum(first) + shared == layout.WORD
-    assert sum(second) + (sum(fourth) & ~shared) == layout.WORD
-    assert sum(fourth) & shared == shared
+    assert sum(second) + (sum(both) & ~shared) == layout.WORD
+    assert sum(both) & shared == shared
+
+
+@pytest.mark.parametrize("gate_up", [True, False])
+def test_decoded_e4m3_weights_are_rounded_once(rng: torch.Generator, gate_up: bool) -> None:
+    packed, scale = random_weights(rng)
+    values, scales = layout.pack_values(packed, scale, gate_up), layout.pack_scales(scale, gate_up)
+    expected = nvfp4.dequantize(packed, scale, torch.tensor(2.0**-3)).to(torch.float8_e4m3fn).float()
+    out = layout.decode_e4m3(values, scales, ROWS, K, gate_up)
+    assert torch.equal(out, expected) and out.abs().max() <= 336
+
+
+EMULATION = """
+#include <cstdio>
+#include "e4m3.cuh"
+// For every code of a scale its 8 magnitudes; then decoded blocks of the words in standard input, by a table of 0 to 7.
+int main() {
+    for (int code = 0; code < sm90::kScaleCodes; ++code)
+        for (int m = 0; m < 8; ++m) std::printf("%a\\n", sm90::scaled_magnitude(code, m));
+    unsigned w0, w1;
+    while (std::scanf("%u %u", &w0, &w1) == 2) {
+        uint32_t out[4];
+        sm90::decode_block_e4m3(w0, w1, 0x03020100u, 0x07060504u, out);
+        std::printf("%u %u %u %u\\n", out[0], out[1], out[2], out[3]);
+    }
+}
+"""
+
+
+def test_the_device_functions_on_the_host(rng: torch.Generator, tmp_path: Path) -> None:
+    """csrc/e4m3.cuh itself, compiled for the CPU: every scale, and every code at every place of a block."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    (tmp_path / "emulation.cpp").write_text(EMULATION)
+    command = [compiler, "-std=c++17", "-O1", "-I", str(build.SOURCES), "-o", str(tmp_path / "emulation")]
+    subprocess.run([*command, str(tmp_path / "emulation.cpp")], check=True)
+    codes = torch.randint(0, 16, (512, 16), generator=rng)
+    for place in range(16):
+        codes[16 * place : 16 * place + 16, place] = torch.arange(16)
+    packed = (codes[:, ::2] | (codes[:, 1::2] << 4)).to(torch.uint8)
+    # One k64 of 512 / 4 = 128 rows, so that block b of row r is row 4 * r + b of `codes`; a second k64 is zero.
+    rows = torch.cat((packed.view(128, 32), torch.zeros(128, 32, dtype=torch.uint8)), 1)
+    scale = torch.full((128, 8), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    first, second = (w[:, 0] for w in layout._words(layout.pack_values(rows, scale, False), 128))
+    words = torch.stack((first, second), -1).permute(0, 1, 2, 5, 3, 4, 6).reshape(512, 2)
+    run = subprocess.run(
+        [tmp_path / "emulation"], input="\n".join(f"{a} {b}" for a, b in words.tolist()), capture_output=True, text=True
+    )
+    lines = run.stdout.splitlines()
+    magnitudes = torch.tensor([float.fromhex(x) for x in lines[:2048]]).view(256, 8)
+    e4m3 = torch.arange(0x80, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    magnitude_codes = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0, 0, 0, 0]], dtype=torch.uint8)
+    for bits in range(0x80):
+        one = layout.pack_scales(e4m3[bits].repeat(128, 8), False)[0].item()
+        expected = nvfp4.dequantize(magnitude_codes, e4m3[bits].view(1, 1), torch.tensor(0.125))[0, :8]
+        if bits:  # a scale of zero has only zeros
+            torch.testing.assert_close(magnitudes[one], expected, rtol=0, atol=0, equal_nan=True)
+    decoded = torch.tensor([[int(x) for x in line.split()] for line in lines[2048:]])
+    for place in range(16):
+        half, pair, j = place // 8, (place % 8) // 2, place % 2
+        byte = (decoded[:, 2 * half + j] >> (8 * pair)) & 255
+        assert torch.equal(byte, (codes[:, place] & 7) | ((codes[:, place] & 8) << 4)), place

@@ -114,8 +114,8 @@ def test_activations_of_each_precision(rng):
     a4 = quantize_activations(x, scale, "w4a4")
     assert torch.equal(a4, nvfp4.dequantize(*nvfp4.quantize(x, scale), dtype=torch.float64))
     assert not a4[3].any()
-    with pytest.raises(ValueError, match="w4a16, w4a8 or w4a4"):
-        quantize_activations(x, scale, "w8a8")
+    with pytest.raises(ValueError, match="w4a16, w4a8, w8a8 or w4a4"):
+        quantize_activations(x, scale, "w4a7")
 
 
 def test_w4a4_uses_the_input_scales_of_its_own_expert(rng):

@@ -15,7 +15,7 @@ from nvfp4_megamoe.checkpoint import expert_tensors as et
 from nvfp4_megamoe.moe.weights import ExpertWeights
 from nvfp4_megamoe.numerics import nvfp4, ue4m3
 
-Precision = Literal["w4a16", "w4a8", "w4a4"]
+Precision = Literal["w4a16", "w4a8", "w8a8", "w4a4"]
 
 
 class Stages(NamedTuple):
@@ -39,7 +39,7 @@ def moe_oracle(
     topk_weights: torch.Tensor,
     expert_map: torch.Tensor | None,
     swiglu_limit: float | None,
-    precision: Precision,
+    precision: Precision | tuple[Precision, Precision],
 ) -> torch.Tensor:
     """This rank's part of the layer's output.
 
@@ -51,7 +51,8 @@ def moe_oracle(
         expert_map: int32 [num_experts], local expert of each global one or -1; None: ids are local.
         swiglu_limit: clamp of the activation's inputs, or None.
         precision: of the activations: ``w4a16`` bfloat16; ``w4a8`` E4M3 with a float32 scale for each token,
-            amax / 448; ``w4a4`` NVFP4 with the expert's input scale as global scale.
+            amax / 448; ``w8a8`` the same of bfloat16, and weights too rounded to E4M3, each times its block scale;
+            ``w4a4`` NVFP4 with the expert's input scale as global scale. Two, where the projections differ.
 
     Returns:
         float64 [T, H] on the device of ``x``; zero for a token without a slot here. Memory: one expert's weights in
@@ -68,21 +69,30 @@ def moe_oracle(
 
 
 def expert_stages(
-    weights: ExpertWeights, expert: int, x: torch.Tensor, swiglu_limit: float | None, precision: Precision
+    weights: ExpertWeights,
+    expert: int,
+    x: torch.Tensor,
+    swiglu_limit: float | None,
+    precision: Precision | tuple[Precision, Precision],
 ) -> Stages:
     """Every stage of one local expert for the tokens ``x``, bfloat16 [n, H]."""
     w13_input_scale, w2_input_scale = weights.w13_input_scale[expert].amax(), weights.w2_input_scale[expert]
-    x = quantize_activations(x, w13_input_scale, precision)
-    gate_up = torch.cat([x @ dequantized(weights, expert, half).T for half in (et.GATE, et.UP)], dim=-1)
+    first, second = (precision, precision) if isinstance(precision, str) else precision
+    x = quantize_activations(x, w13_input_scale, first)
+    gate_up = torch.cat([x @ dequantized(weights, expert, half, first).T for half in (et.GATE, et.UP)], dim=-1)
     activated = swiglu(gate_up, swiglu_limit)
-    intermediate = quantize_activations(activated, w2_input_scale, precision)
-    return Stages(x, gate_up, activated, intermediate, intermediate @ dequantized(weights, expert, et.DOWN).T)
+    intermediate = quantize_activations(activated, w2_input_scale, second)
+    return Stages(x, gate_up, activated, intermediate, intermediate @ dequantized(weights, expert, et.DOWN, second).T)
 
 
-def dequantized(weights: ExpertWeights, expert: int, projection: str) -> torch.Tensor:
-    """Exact weights of gate (``w1``), down (``w2``) or up (``w3``): float64 [rows, columns]."""
+def dequantized(weights: ExpertWeights, expert: int, projection: str, precision: Precision = "w4a16") -> torch.Tensor:
+    """Weights of gate (``w1``), down (``w2``) or up (``w3``): float64 [rows, columns]; exact but for ``w8a8``."""
     packed, block_scale, global_scale, _ = (part[expert] for part in weights.projection(projection).values())
-    return nvfp4.dequantize(packed, block_scale, global_scale, torch.float64)
+    if precision != "w8a8":
+        return nvfp4.dequantize(packed, block_scale, global_scale, torch.float64)
+    # An eighth of value * block scale is at most 6 * 448 / 8 = 336 and so never saturates.
+    folded = nvfp4.dequantize(packed, block_scale, torch.full_like(global_scale, 0.125), torch.float32)
+    return folded.to(torch.float8_e4m3fn).double() * 8 * global_scale.double()
 
 
 def swiglu(gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
@@ -107,14 +117,15 @@ def quantize_activations(x: torch.Tensor, global_scale: torch.Tensor, precision:
     x = x.float()
     if precision == "w4a16":
         return x.bfloat16().double()
-    if precision == "w4a8":
+    if precision in ("w4a8", "w8a8"):
+        x = x.bfloat16().float() if precision == "w8a8" else x
         scale = x.abs().amax(-1, keepdim=True) / ue4m3.UE4M3_MAX
         scale = torch.where(scale == 0, 1.0, scale)
         codes = (x / scale).clamp(-ue4m3.UE4M3_MAX, ue4m3.UE4M3_MAX).to(torch.float8_e4m3fn)
         return codes.double() * scale.double()
     if precision == "w4a4":
         return nvfp4.dequantize(*nvfp4.quantize(x, global_scale), dtype=torch.float64)
-    raise ValueError(f"Unknown precision {precision!r}: expected w4a16, w4a8 or w4a4.")
+    raise ValueError(f"Unknown precision {precision!r}: expected w4a16, w4a8, w8a8 or w4a4.")
 
 
 def _chosen(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, expert: int) -> torch.Tensor:

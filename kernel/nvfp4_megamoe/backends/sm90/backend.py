@@ -13,6 +13,7 @@ from nvfp4_megamoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from nvfp4_megamoe.moe.geometry import MoEGeometry
+    from nvfp4_megamoe.moe.oracle import Precision
     from nvfp4_megamoe.moe.weights import ExpertWeights
 
 ALIGN = 256
@@ -20,7 +21,21 @@ BLOCK_K = 128
 MAX_EXPERTS = 512
 MAX_CHUNK = 8192  # tokens a launch sequence; more are computed in chunks, which bounds the workspace
 MAX_WARPGROUPS = 4
-VARIANTS = (8, 16, 24, 32, 48, 80, 96, 128)  # slots a tile, as compiled in csrc/api.cu
+# Slots a tile, as compiled in csrc/api.cu
+VARIANTS = (8, 16, 24, 32, 48, 80, 96, 128)
+E4M3_VARIANTS = (48, 80, 96, 144, 256)
+# E4M3 variant and the most slots of a busy expert that it is best for; two tiles of 144 beat a full 256 and a rest.
+E4M3_CHOICE = ((48, 48), (80, 80), (96, 96), (144, 160), (256, 256), (144, 288))
+
+# Slots that an expert has on average from which each projection is computed in e4m3: docs/sm90-kernel.md.
+NEVER = math.inf
+POLICIES = {
+    "auto": (NEVER, 48.0),
+    "exact": (NEVER, NEVER),
+    "fast": (24.0, 24.0),
+    "w4a16": (NEVER, NEVER),
+    "w4a8": (0.0, 0.0),
+}
 
 
 def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | None:
@@ -32,22 +47,35 @@ def shape_problem(num_experts: int, hidden: int, intermediate: int) -> str | Non
     return None
 
 
-def choose_variant(tokens: int, top_k: int, num_experts: int) -> int:
-    """Slots a tile, from shapes alone, so a CUDA graph is valid for any routing: a busy expert's, where it can be."""
+def busy_slots(tokens: int, top_k: int, num_experts: int) -> float:
+    """Slots of a busy expert, from shapes alone, so that a CUDA graph is valid for any routing."""
     mean = tokens * top_k / num_experts
-    busy = min(tokens, mean + 2 * math.sqrt(mean))
+    return min(tokens, mean + 2 * math.sqrt(mean))
+
+
+def choose_variant(tokens: int, top_k: int, num_experts: int, e4m3: bool = False) -> int:
+    """Slots a tile: a busy expert's, where it can be."""
+    busy = busy_slots(tokens, top_k, num_experts)
+    if e4m3:
+        return next((v for v, most in E4M3_CHOICE if busy <= most), E4M3_VARIANTS[-1])
     return next((v for v in VARIANTS if v >= busy), VARIANTS[-1])
 
 
 class Sm90Backend:
-    """W4A16 on SM90. One instance serves one layer; ``prepare`` repacks its weights in place."""
+    """NVFP4 weights times bfloat16 or e4m3 activations on SM90; ``prepare`` repacks one layer's weights in place.
+
+    The precision is a policy: ``exact`` (``w4a16``) always multiplies in bfloat16, ``w4a8`` always in e4m3, ``fast`` in
+    e4m3 wherever that is faster, and ``auto`` where arithmetic bounds the time and the result stays within the error
+    budget of W4A8, which is the second projection of large batches.
+    """
 
     name = "sm90"
-    precisions = ("w4a16",)
+    precisions = tuple(POLICIES)
 
     def __init__(self, geometry: MoEGeometry, precision: str | None = None) -> None:
         self.geometry = geometry
-        self.precision = precision or "w4a16"
+        self.precision = precision or "auto"
+        self.thresholds = POLICIES[self.precision]
         self.limit = math.inf if geometry.swiglu_limit is None else float(geometry.swiglu_limit)
         self.weights: ExpertWeights | None = None
 
@@ -92,6 +120,17 @@ class Sm90Backend:
         self.num_experts, self.hidden, self.intermediate = experts, hidden, intermediate
         self.partial_bytes = lib.nvfp4_sm90_partial_bytes(self.grid)
 
+    def in_e4m3(self, tokens: int, num_experts: int) -> tuple[bool, bool]:
+        """Whether each projection of ``tokens`` tokens over ``num_experts`` global experts is computed in e4m3."""
+        mean = min(tokens, MAX_CHUNK) * self.geometry.top_k / num_experts
+        first, second = self.thresholds
+        return mean >= first, mean >= second
+
+    def precision_at(self, tokens: int, num_experts: int) -> tuple[Precision, Precision]:
+        """Of both projections, as the oracle names them."""
+        first, second = self.in_e4m3(tokens, num_experts)
+        return "w8a8" if first else "w4a16", "w8a8" if second else "w4a16"
+
     def _capacity(self, slots: int) -> int:
         """Rows of the arrays by slot: every expert's first slot is a multiple of 8."""
         return -(-(slots + 7 * min(self.num_experts, slots)) // 8) * 8
@@ -106,6 +145,7 @@ class Sm90Backend:
             "counts": 4 * self.num_experts,
             "flags": 4 * 2 * MAX_WARPGROUPS * self.grid,
             "partial": self.partial_bytes,
+            "act_scale": 4 * capacity,
             "intermediate": 2 * capacity * self.intermediate,
             "slot_out": 2 * capacity * self.hidden,
         }
@@ -128,8 +168,9 @@ class Sm90Backend:
         out: torch.Tensor,
         workspace: torch.Tensor | None,
         variant: int | None = None,
+        variant2: int | None = None,
     ) -> None:
-        """See ``Backend.forward``. ``variant`` overrides the slots a tile, for tests and tuning."""
+        """See ``Backend.forward``. The variants override each projection's slots a tile, for tests and tuning."""
         w = self.weights
         if w is None:
             raise RuntimeError("forward before prepare: the weights are not packed")
@@ -143,6 +184,7 @@ class Sm90Backend:
         for begin in range(0, tokens, MAX_CHUNK):
             count = min(MAX_CHUNK, tokens - begin)
             offsets, size = self._regions(count * top_k)
+            first, second = self.in_e4m3(count, experts)
             if base + size > workspace.data_ptr() + workspace.numel():
                 raise UnsupportedError(
                     f"the workspace has {workspace.numel()} bytes, {size + ALIGN} are needed for {count} tokens"
@@ -167,7 +209,10 @@ class Sm90Backend:
                 num_experts=self.num_experts,
                 hidden=self.hidden,
                 intermediate_size=self.intermediate,
-                variant=variant or choose_variant(count, top_k, experts),
+                variant=variant or choose_variant(count, top_k, experts, first),
+                variant2=variant2 or choose_variant(count, top_k, experts, second),
+                e4m3_first=int(first),
+                e4m3_second=int(second),
                 grid=self.grid,
                 capacity=self._capacity(count * top_k),
                 num_flags=2 * MAX_WARPGROUPS * self.grid,

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "csrc"
 LIBRARY = HERE / "libnvfp4_sm90.so"
 ARCHITECTURE = "arch=compute_90a,code=sm_90a"
-WIDTHS = tuple(range(8, 129, 8))
+WIDTHS = (*range(8, 129, 8), *range(144, 257, 16))
 MAX_SPILL = 16  # bytes: a few scalars around a tile; more would be in a main loop
 
 
@@ -35,25 +35,33 @@ def find_nvcc() -> str | None:
 
 
 def wgmma_header(widths: tuple[int, ...] = WIDTHS) -> str:
-    """C++ of ``Wgmma<N>::rs``: wgmma.m64nNk16, operand A in registers, bf16 in, float32 accumulators in place."""
-    lines = ["#pragma once", "#include <cstdint>", "namespace sm90 {", "template <int N> struct Wgmma;"]
-    for n in widths:
-        count = n // 2
-        regs = ", ".join(f"%{i}" for i in range(count))
-        outs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-        args = "float (&d)[M], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b"
-        lines += [
-            f"template <> struct Wgmma<{n}> {{",
-            "    template <int M>",
-            f"    static __device__ __forceinline__ void rs({args}) {{",
-            f'        asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{regs}}}, '
-            f'{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"',
-            f"            : {outs}",
-            '            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));',
-            "    }",
-            "};",
-        ]
+    """C++ of ``Wgmma<N>::rs`` and ``WgmmaE4m3<N>::rs``: operand A in registers, float32 accumulators in place."""
+    lines = ["#pragma once", "#include <cstdint>", "namespace sm90 {"]
+    for name, shape, flags in (
+        ("Wgmma", "k16.f32.bf16.bf16", "1, 1, 1, 0"),
+        ("WgmmaE4m3", "k32.f32.e4m3.e4m3", "1, 1, 1"),
+    ):
+        lines += [f"template <int N> struct {name};"]
+        for n in widths:
+            lines += _wgmma_struct(f"m64n{n}{shape}", n // 2, flags, f"{name}<{n}>")
     return "\n".join([*lines, "}  // namespace sm90", ""])
+
+
+def _wgmma_struct(instruction: str, count: int, flags: str, specialization: str) -> list[str]:
+    regs = ", ".join(f"%{i}" for i in range(count))
+    outs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return [
+        f"template <> struct {specialization} {{",
+        "    template <int M>",
+        "    static __device__ __forceinline__ void rs("
+        "float (&d)[M], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {",
+        f'        asm volatile("wgmma.mma_async.sync.aligned.{instruction} {{{regs}}}, '
+        f'{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, {flags};"',
+        f"            : {outs}",
+        '            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));',
+        "    }",
+        "};",
+    ]
 
 
 def compile_library(output: Path = LIBRARY) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 
 UNIT_ROWS = 128
-# Mantissa bit, in its word, of the first three pairs of either word; the fourth pairs share the bits left over.
-FIRST_WORD, SECOND_WORD = (0, 6, 12), (2, 8, 14)
-FOURTH_PAIRS = (4, 10)
-SHARED_MASK = 0x0C180C18  # bits of the fourth pairs that lie in the first word
+# Mantissa bit of each pair of a block in the two words' common numbering; by it modulo 6 a pair lies in the first word
+# (0), in the second (2) or, by SHARED_MASK, in both (4).
+PAIR_AT = (0, 4, 8, 12, 2, 6, 10, 14)
+FIRST_WORD, SECOND_WORD, BOTH_WORDS = (0, 3, 5), (2, 4, 7), (1, 6)  # pairs
+SHARED_MASK = 0x0C180C18  # bits of the shared pairs that lie in the first word
 PAIR_MASK = 0x81C081C0
 SCALE_BASE = 235  # bf16 exponent of scale code 0
+E4M3_MAGNITUDES = (0x70177017, 0x07600760), (0x0DC00DC0, 0xD01DD01D)  # of each word, for pairs 0 to 3 and 4 to 7
+E4M3_SIGNS = 0x82288228  # of the first word; the other bits are the second's
 WORD = 0xFFFFFFFF
 
 
@@ -20,9 +23,12 @@ def _rotl(x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def unit_rows(rows: int, gate_up: bool) -> torch.Tensor:
-    """Source row of every packed row, [rows / 128, 2, 64]: a unit's tiles are gate and up, or consecutive rows."""
+    """Source row of every packed row, [rows / 128, 2, 4 warps, 2 row halves, 8 groups]: ``source_row`` in csrc."""
     index = torch.arange(rows)
-    return index.view(2, -1, 64).transpose(0, 1) if gate_up else index.view(-1, 2, 64)
+    if not gate_up:
+        return index.view(-1, 2, 4, 2, 8)
+    # [gate or up, unit, block, warp, tile, low or high] to [unit, tile, warp, gate or up, (block, low or high)]
+    return index.view(2, -1, 4, 4, 2, 2).permute(1, 4, 3, 0, 2, 5).flatten(-2)
 
 
 def pack_values(packed: torch.Tensor, scale: torch.Tensor, gate_up: bool) -> torch.Tensor:
@@ -31,18 +37,14 @@ def pack_values(packed: torch.Tensor, scale: torch.Tensor, gate_up: bool) -> tor
     codes = torch.stack((packed & 15, packed >> 4), -1).view(rows, half * 2).long()
     codes = codes * (scale.view(torch.uint8) & 0x7F != 0).repeat_interleave(16, dim=1)
     bits = ((codes & 8) << 12) | ((codes & 7) << 6)  # as the low half of a pair
-    # [unit, m, warp, row half, group, k64, k32, k16, column half, t, low or high]
-    bits = bits[unit_rows(rows, gate_up)].view(-1, 2, 4, 2, 8, half // 32, 2, 2, 2, 4, 2)
-    pairs = bits[..., 0] | (bits[..., 1] << 16)
-    # [unit, k64, m, warp, group, t, k32, k16, register], register = column half, row half
-    pairs = pairs.permute(0, 5, 1, 2, 4, 9, 6, 7, 8, 3).flatten(-2)
-    first, second = (
-        sum(_rotl(pairs[..., k, i], m - 6) for i, m in enumerate(word))
-        for k, word in enumerate((FIRST_WORD, SECOND_WORD))
-    )
-    fourth = sum(_rotl(pairs[..., k, 3], m - 6) for k, m in enumerate(FOURTH_PAIRS))
-    words = torch.stack((first | (fourth & SHARED_MASK), second | (fourth & ~SHARED_MASK & WORD)), -1)
-    return words.contiguous().to(torch.uint32).view(torch.uint8).flatten()
+    # [unit, m, warp, row half, group, k64, block, pair, low or high]
+    bits = bits[unit_rows(rows, gate_up).flatten()].view(-1, 2, 4, 2, 8, half // 32, 4, 8, 2)
+    pair = bits[..., 0] | (bits[..., 1] << 16)
+    pair = [_rotl(pair[..., i], at - 6) for i, at in enumerate(PAIR_AT)]
+    first, second, both = (sum(pair[i] for i in word) for word in (FIRST_WORD, SECOND_WORD, BOTH_WORDS))
+    words = torch.stack((first | (both & SHARED_MASK), second | (both & ~SHARED_MASK & WORD)), -1)
+    # to [unit, k64, m, warp, group, block, row half, word]
+    return words.permute(0, 5, 1, 2, 4, 6, 3, 7).contiguous().to(torch.uint32).view(torch.uint8).flatten()
 
 
 def pack_scales(scale: torch.Tensor, gate_up: bool) -> torch.Tensor:
@@ -54,32 +56,54 @@ def pack_scales(scale: torch.Tensor, gate_up: bool) -> torch.Tensor:
     subnormal = ((1 + top) << 3) | ((mantissa << (3 - top)) & 7)
     code = torch.where(exponent > 0, normal, subnormal)
     code = torch.where(bits == 0, 0, torch.where(bits == 0x7F, (20 << 3) | 4, code)).to(torch.uint8)
-    # [unit, m, warp, row half, group, k64, k16] to [unit, k64, m, warp, group, k16, row half]
-    code = code[unit_rows(scale.shape[0], gate_up)].view(-1, 2, 4, 2, 8, scale.shape[1] // 4, 4)
-    return code.permute(0, 5, 1, 2, 4, 6, 3).contiguous().flatten()
+    # [unit, m, warp, row half, group, k128, k64, block] to [unit, k128, warp, group, block, k64, row half, m]
+    code = code[unit_rows(scale.shape[0], gate_up).flatten()].view(-1, 2, 4, 2, 8, scale.shape[1] // 8, 2, 4)
+    return code.permute(0, 5, 2, 4, 7, 6, 3, 1).contiguous().flatten()
 
 
 def decode(values: torch.Tensor, scales: torch.Tensor, rows: int, k: int, gate_up: bool) -> torch.Tensor:
     """What ``decode_k32`` makes of packed weights, float32 [rows, K] in source order: value * scale * 2^-8."""
-    words = values.view(torch.uint32).long().view(-1, k // 64, 2, 4, 8, 4, 2, 2)
-    w0, w1 = words[..., 0], words[..., 1]
-    z = (w0 & SHARED_MASK) | (w1 & ~SHARED_MASK & WORD)
-    pairs = torch.stack(
-        [
-            torch.stack([_rotl(w, 6 - m) for w, m in zip((w, w, w, z), (*word, fourth), strict=True)], -1)
-            for w, word, fourth in ((w0, FIRST_WORD, FOURTH_PAIRS[0]), (w1, SECOND_WORD, FOURTH_PAIRS[1]))
-        ],
-        -2,
-    )  # [unit, k64, m, warp, group, t, k32, k16, register]
-    pairs = pairs & PAIR_MASK
-    halves = torch.stack((pairs & 0xFFFF, pairs >> 16), -1).unflatten(-2, (2, 2))
-    value = halves.to(torch.uint16).view(torch.bfloat16).float()
-    # [unit, k64, m, warp, group, -, k32, k16, -, row half, -]
-    code = scales.long().view(-1, k // 64, 2, 4, 8, 1, 2, 2, 1, 2, 1)
-    scale = ((code << 4) + (SCALE_BASE << 7)).to(torch.uint16).view(torch.bfloat16).float()
-    product = (value * scale).bfloat16().float()
-    # From [unit, k64, m, warp, group, t, k32, k16, column half, row half, low or high] to row, k
-    out = product.permute(0, 2, 3, 9, 4, 1, 6, 7, 8, 5, 10).reshape(-1, k)
+    first, second = _words(values, k)
+    both = (first & SHARED_MASK) | (second & ~SHARED_MASK & WORD)
+    word = {i: w for w, pairs in ((first, FIRST_WORD), (second, SECOND_WORD), (both, BOTH_WORDS)) for i in pairs}
+    pairs = torch.stack([_rotl(word[i], 6 - at) for i, at in enumerate(PAIR_AT)], -1) & PAIR_MASK
+    value = torch.stack((pairs & 0xFFFF, pairs >> 16), -1).to(torch.uint16).view(torch.bfloat16).float().flatten(-2)
+    scale = ((_codes(scales, k).long() << 4) + (SCALE_BASE << 7)).to(torch.uint16).view(torch.bfloat16).float()
+    return _rows((value * scale.unsqueeze(-1)).bfloat16().float(), rows, k, gate_up)
+
+
+def decode_e4m3(values: torch.Tensor, scales: torch.Tensor, rows: int, k: int, gate_up: bool) -> torch.Tensor:
+    """What ``decode_block_e4m3`` makes of them, float32 [rows, K] in source order: e4m3(value * scale * 2^-3)."""
+    first, second = _words(values, k)
+    code = _codes(scales, k).long()
+    scale = torch.where(code == 164, torch.nan, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 13))
+    magnitudes = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)) * scale.unsqueeze(-1)
+    table = magnitudes.to(torch.float8_e4m3fn).float()
+    signs = (first & E4M3_SIGNS) | (second & ~E4M3_SIGNS & WORD)
+    out = []
+    for i, at in enumerate(PAIR_AT):
+        of_first, of_second = E4M3_MAGNITUDES[i // 4]
+        magnitude = (first & of_first) | (second & of_second)
+        for high in (0, 16):
+            nibble = _rotl(magnitude, -(at + high)) & 15
+            picked = table.gather(-1, (nibble & 7).unsqueeze(-1)).squeeze(-1)
+            picked = torch.where(nibble > 7, torch.nan, picked)  # PRMT would not select
+            out.append(torch.where(_rotl(signs, -(at + high + 9)) & 1 == 1, -picked, picked))
+    return _rows(torch.stack(out, -1), rows, k, gate_up)
+
+
+def _words(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and second words, [unit, k64, m, warp, group, block, row half]."""
+    return values.view(torch.uint32).long().view(-1, k // 64, 2, 4, 8, 4, 2, 2).unbind(-1)
+
+
+def _codes(scales: torch.Tensor, k: int) -> torch.Tensor:
+    """Scale codes in the order of ``_words``."""
+    return scales.view(-1, k // 128, 4, 8, 4, 2, 2, 2).permute(0, 1, 5, 7, 2, 3, 4, 6).flatten(1, 2)
+
+
+def _rows(elements: torch.Tensor, rows: int, k: int, gate_up: bool) -> torch.Tensor:
+    """[unit, k64, m, warp, group, block, row half, element] to [rows, K] in source order."""
     result = torch.empty(rows, k)
-    result[unit_rows(rows, gate_up).flatten()] = out
+    result[unit_rows(rows, gate_up).flatten()] = elements.permute(0, 2, 3, 6, 4, 1, 5, 7).reshape(-1, k)
     return result

@@ -19,10 +19,12 @@ class ForwardArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("w13", "w13_scale", "w2", "w2_scale", "w13_global", "w2_global")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("order", "inverse", "offsets", "counts", "flags", "partial", "intermediate", "slot_out")
+            for name in ("order", "inverse", "offsets", "counts", "flags", "partial", "act_scale")
         ),
+        *((name, ctypes.c_void_p) for name in ("intermediate", "slot_out")),
         *((name, ctypes.c_int) for name in ("tokens", "topk", "ids_64", "map_size", "num_experts", "hidden")),
-        *((name, ctypes.c_int) for name in ("intermediate_size", "variant", "grid", "num_flags", "capacity")),
+        *((name, ctypes.c_int) for name in ("intermediate_size", "variant", "variant2", "grid")),
+        *((name, ctypes.c_int) for name in ("num_flags", "capacity", "e4m3_first", "e4m3_second")),
         ("limit", ctypes.c_float),
     ]
 

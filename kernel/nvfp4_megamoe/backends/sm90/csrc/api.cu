@@ -1,6 +1,7 @@
 // The library's C interface: plain pointers and integers, so that it needs neither torch nor a Python version at build time.
 #include <cuda_runtime.h>
 
+#include "activations.cuh"
 #include "gemm.cuh"
 #include "repack.cuh"
 #include "route.cuh"
@@ -22,28 +23,45 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int smem, 
     return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <int PHASE, int NWG, int NMAX, int NMIN, int STEP>
-cudaError_t launch_gemm(const GemmParams& p, int grid, cudaStream_t stream) {
-    auto kernel = gemm_kernel<PHASE, NWG, NMAX, NMIN, STEP>;
-    constexpr int smem = SmemPlan<NWG, NMAX>::kBytes;
+template <int PHASE, int PRECISION, int NWG, int TILES, int NMAX, int NMIN, int STEP>
+cudaError_t launch_one(const GemmParams& p, int grid, cudaStream_t stream) {
+    auto kernel = gemm_kernel<PHASE, PRECISION, NWG, TILES, NMAX, NMIN, STEP>;
+    constexpr int smem = SmemPlan<PRECISION, NWG, TILES, NMAX>::kBytes;
     static const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (ready != cudaSuccess) return ready;
     return launch(kernel, dim3(grid), NWG * 128 + 128, smem, stream, true, p);
 }
 
 template <int PHASE>
-cudaError_t launch_variant(int variant, const GemmParams& p, int grid, cudaStream_t stream) {
+cudaError_t launch_bf16(int variant, const GemmParams& p, int grid, cudaStream_t stream) {
     switch (variant) {
-        case 8: return launch_gemm<PHASE, 4, 8, 8, 8>(p, grid, stream);
-        case 16: return launch_gemm<PHASE, 4, 16, 16, 8>(p, grid, stream);
-        case 24: return launch_gemm<PHASE, 4, 24, 24, 8>(p, grid, stream);
-        case 32: return launch_gemm<PHASE, 4, 32, 32, 8>(p, grid, stream);
-        case 48: return launch_gemm<PHASE, 2, 48, 32, 8>(p, grid, stream);
-        case 80: return launch_gemm<PHASE, 2, 80, 56, 8>(p, grid, stream);
-        case 96: return launch_gemm<PHASE, 2, 96, 64, 8>(p, grid, stream);
-        case 128: return launch_gemm<PHASE, 2, 128, 64, 32>(p, grid, stream);
+        case 8: return launch_one<PHASE, kBf16, 4, 2, 8, 8, 8>(p, grid, stream);
+        case 16: return launch_one<PHASE, kBf16, 4, 2, 16, 16, 8>(p, grid, stream);
+        case 24: return launch_one<PHASE, kBf16, 4, 2, 24, 24, 8>(p, grid, stream);
+        case 32: return launch_one<PHASE, kBf16, 4, 2, 32, 32, 8>(p, grid, stream);
+        case 48: return launch_one<PHASE, kBf16, 2, 2, 48, 32, 8>(p, grid, stream);
+        case 80: return launch_one<PHASE, kBf16, 2, 2, 80, 56, 8>(p, grid, stream);
+        case 96: return launch_one<PHASE, kBf16, 2, 2, 96, 64, 8>(p, grid, stream);
+        case 128: return launch_one<PHASE, kBf16, 2, 2, 128, 64, 32>(p, grid, stream);
         default: return cudaErrorInvalidValue;
     }
+}
+
+template <int PHASE>
+cudaError_t launch_e4m3(int variant, const GemmParams& p, int grid, cudaStream_t stream) {
+    switch (variant) {
+        case 48: return launch_one<PHASE, kE4m3, 2, 2, 48, 32, 8>(p, grid, stream);
+        case 80: return launch_one<PHASE, kE4m3, 2, 2, 80, 56, 8>(p, grid, stream);
+        case 96: return launch_one<PHASE, kE4m3, 2, 2, 96, 64, 16>(p, grid, stream);
+        case 144: return launch_one<PHASE, kE4m3, 2, 2, 144, 112, 32>(p, grid, stream);
+        case 256: return launch_one<PHASE, kE4m3, 2, 1, 256, 192, 32>(p, grid, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+template <int PHASE>
+cudaError_t launch_gemm(int e4m3, int variant, const GemmParams& p, int grid, cudaStream_t stream) {
+    return e4m3 ? launch_e4m3<PHASE>(variant, p, grid, stream) : launch_bf16<PHASE>(variant, p, grid, stream);
 }
 
 }  // namespace sm90
@@ -59,25 +77,30 @@ struct Nvfp4Sm90Forward {
     const uint8_t *w13, *w13_scale, *w2, *w2_scale;   // packed
     const float *w13_global, *w2_global;
     int *order, *inverse, *offsets, *counts, *flags;
-    float* partial;
-    void *intermediate, *slot_out;   // tiled by slot; [capacity, H], which holds x tiled by slot until the first projection is done
-    int tokens, topk, ids_64, map_size, num_experts, hidden, intermediate_size, variant, grid, num_flags, capacity;
+    float *partial, *act_scale;      // act_scale: [capacity], only where activations are e4m3
+    void *intermediate, *slot_out;   // tiled by slot; [capacity, H], which holds permuted x until the first projection is done
+    int tokens, topk, ids_64, map_size, num_experts, hidden, intermediate_size, variant, variant2, grid, num_flags, capacity;
+    int e4m3_first, e4m3_second;     // precision of each projection: 0 bf16, 1 e4m3
     float limit;
 };
 
 // Bytes of the partial sums that any variant may need for `grid` CTAs.
-size_t nvfp4_sm90_partial_bytes(int grid) { return size_t(grid) * 256 * 128 * sizeof(float); }
+size_t nvfp4_sm90_partial_bytes(int grid) { return size_t(grid) * 256 * 144 * sizeof(float); }
 
 int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     using namespace sm90;
     cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-    RouteParams route = {a->ids, a->expert_map, a->order, a->inverse, a->offsets, a->counts, a->flags, a->tokens * a->topk, a->map_size, a->num_experts, a->num_flags};
-    cudaError_t error = launch(a->ids_64 ? route_kernel<long long> : route_kernel<int>, dim3(a->num_experts), kRouteThreads, 0, stream, false, route);
+    const auto* x = static_cast<const __nv_bfloat16*>(a->x);
+    const bool tiled = a->variant > 32;   // the bf16 variants up to 32 gather; e4m3 has none of these
+    RouteParams route = {a->ids, a->expert_map, a->order, a->inverse, a->offsets, a->counts, a->flags, x,
+                         tiled ? nullptr : static_cast<__nv_bfloat16*>(a->slot_out),
+                         a->tokens * a->topk, a->map_size, a->num_experts, a->num_flags, a->tokens, a->hidden};
+    const int permuting = tiled ? 0 : (a->tokens * (a->hidden / 32) + kRouteThreads - 1) / kRouteThreads;
+    cudaError_t error = launch(a->ids_64 ? route_kernel<long long> : route_kernel<int>, dim3(a->num_experts + permuting), kRouteThreads, 0, stream, false, route);
     if (error != cudaSuccess) return error;
-    const bool tiled = a->variant > 32;
     if (tiled) {
-        PermuteParams permute = {static_cast<const __nv_bfloat16*>(a->x), a->inverse, static_cast<__nv_bfloat16*>(a->slot_out), a->topk, a->hidden, a->capacity};
-        error = launch(permute_kernel, dim3(a->tokens), kPermuteThreads, 0, stream, true, permute);
+        PermuteParams permute = {x, a->inverse, a->slot_out, a->act_scale, a->topk, a->hidden, a->capacity};
+        error = launch(a->e4m3_first ? permute_kernel<kE4m3> : permute_kernel<kBf16>, dim3(a->tokens), kPermuteThreads, 0, stream, true, permute);
         if (error != cudaSuccess) return error;
     }
     GemmParams g = {};
@@ -89,7 +112,8 @@ int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     g.num_experts = a->num_experts;
     g.topk = a->topk;
     g.limit = a->limit;
-    g.act = static_cast<const __nv_bfloat16*>(tiled ? a->slot_out : a->x);
+    g.act = a->slot_out;
+    g.act_scale = a->act_scale;
     g.values = a->w13;
     g.scales = a->w13_scale;
     g.alpha = a->w13_global;
@@ -98,9 +122,14 @@ int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     g.kblocks = a->hidden / kBlockK;
     g.units = a->intermediate_size / 64;
     g.out_stride = a->intermediate_size;
-    error = launch_variant<kGateUp>(a->variant, g, a->grid, stream);
+    error = launch_gemm<kGateUp>(a->e4m3_first, a->variant, g, a->grid, stream);
     if (error != cudaSuccess) return error;
-    g.act = static_cast<const __nv_bfloat16*>(a->intermediate);
+    if (a->e4m3_second) {
+        QuantizeParams quantize = {a->intermediate, a->inverse, a->act_scale, a->intermediate_size, a->capacity};
+        error = launch(quantize_kernel, dim3(a->tokens * a->topk), kPermuteThreads, 0, stream, true, quantize);
+        if (error != cudaSuccess) return error;
+    }
+    g.act = a->intermediate;
     g.values = a->w2;
     g.scales = a->w2_scale;
     g.alpha = a->w2_global;
@@ -109,7 +138,7 @@ int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     g.kblocks = a->intermediate_size / kBlockK;
     g.units = a->hidden / kUnitRows;
     g.out_stride = a->hidden;
-    error = launch_variant<kDown>(a->variant, g, a->grid, stream);
+    error = launch_gemm<kDown>(a->e4m3_second, a->variant2, g, a->grid, stream);
     if (error != cudaSuccess) return error;
     ReduceParams r = {static_cast<const __nv_bfloat16*>(a->slot_out), a->inverse, a->topk_weights, static_cast<__nv_bfloat16*>(a->out), a->topk, a->hidden};
     return launch(reduce_kernel, dim3(a->tokens, (a->hidden / 8 + kReduceThreads - 1) / kReduceThreads), kReduceThreads, 0, stream, true, r);

@@ -1,9 +1,10 @@
 // Grouped GEMM over slots: weights are wgmma's operand A, decoded in registers; slots are its columns. One persistent CTA per
-// multiprocessor: NWG consumer warpgroups, each with one unit (two 64-row tiles), share the activations; one producer warpgroup
-// copies packed weights and activations tiled by slot in bulk, or gathers activation rows where slots are few.
+// multiprocessor: NWG consumer warpgroups, each with one unit (two 64-row tiles) or half of one, share the activations; one producer
+// warpgroup copies packed weights and activations tiled by slot in bulk, or gathers activation rows where slots are few.
 #pragma once
 #include <cuda_bf16.h>
 
+#include "e4m3.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
 #include "schedule.cuh"
@@ -12,9 +13,11 @@
 namespace sm90 {
 
 enum Phase { kGateUp = 0, kDown = 1 };
+enum Precision { kBf16 = 0, kE4m3 = 1 };   // of the activations, and of what weights are decoded to
 
 struct GemmParams {
-    const __nv_bfloat16* act;   // gather: [T, K] tokens; else tiled by slot, see slot_chunk
+    const void* act;            // gather: bf16 [T, K] tokens, permuted as layout.cuh says; else tiled by slot, see slot_chunk
+    const float* act_scale;     // kE4m3: [capacity], of a slot's activations
     const int* order;           // [capacity] flat index t * topk + k of a slot
     const int* offsets;         // [E + 1] first slot of every expert, a multiple of 8
     const int* counts;          // [E]
@@ -22,46 +25,54 @@ struct GemmParams {
     const uint8_t* scales;      // [E, units, kblocks, kUnitScaleBytes]
     const float* alpha;         // kGateUp: [E, 2]; kDown: [E]
     __nv_bfloat16* out;         // kGateUp: tiled by slot; kDown: [capacity, out_stride]
-    float* partial;             // [grid, NWG, 128 threads * NMAX]
+    float* partial;             // [grid, NWG, 128 threads * TILES * NMAX / 2]
     int* flags;                 // [grid, NWG], zero at launch
     int num_experts, kblocks, units, topk, out_stride, capacity;
     float limit;
 };
 
-// Byte offset of 16-byte chunk `chunk` of a slot's row in activations tiled by slot, [K / 64][capacity][128 bytes], already swizzled
-// as wgmma reads them: the rows of a tile, which begins at a multiple of 8, are one contiguous copy for every 64 columns.
+// Byte offset of 16-byte chunk `chunk` of a slot's row in activations tiled by slot, [K / 64 or, in e4m3, 128][capacity][128 bytes],
+// already swizzled as wgmma reads them: the rows of a tile, which begins at a multiple of 8, are contiguous for every 128 bytes of K.
 __device__ __forceinline__ size_t slot_chunk(int capacity, int slot, int chunk) {
     return (size_t(chunk >> 3) * capacity + slot) * 128 + (((chunk & 7) ^ (slot & 7)) * 16);
 }
 
-template <int NWG, int NMAX>
+template <int PRECISION, int NWG, int TILES, int NMAX>
 struct SmemPlan {
-    static constexpr int kValues = NWG * kUnitValueBytes;
-    static constexpr int kScales = NWG * kUnitScaleBytes;
-    static constexpr int kActHalf = NMAX * 128;               // 64 columns of k, 128-byte rows
-    static constexpr int kStage = kValues + kScales + 2 * kActHalf;
+    static constexpr int kUnits = NWG * TILES / 2;
+    static constexpr int kValues = kUnits * kUnitValueBytes;
+    static constexpr int kScales = kUnits * kUnitScaleBytes;
+    static constexpr int kActParts = PRECISION == kE4m3 ? 1 : 2;   // of 128-byte rows
+    static constexpr int kActPart = NMAX * 128;
+    static constexpr int kStage = kValues + kScales + kActParts * kActPart;
     static constexpr int kTables = (int(sizeof(ScheduleTables)) + 127) / 128 * 128;
+    static constexpr int kMagnitudes = PRECISION == kE4m3 ? kScaleCodes * 8 : 0;
+    static constexpr int kSlotScales = PRECISION == kE4m3 ? NMAX * 4 : 0;   // of a warpgroup
     static constexpr int kStaging = NWG * 4 * 512;
-    static constexpr int kFixed = kTables + kStaging + 256 + 1024;   // barriers, alignment
+    static constexpr int kFixed = kTables + kStaging + kMagnitudes + NWG * kSlotScales + 256 + 1024;   // barriers, alignment
     static constexpr int kStages = (227 * 1024 - kFixed) / kStage > 6 ? 6 : (227 * 1024 - kFixed) / kStage;
     static constexpr int kBytes = kStages * kStage + kFixed;
 };
 
-// Compiled widths are NMIN, NMIN + STEP, ..., NMAX; a tile takes the smallest that covers its slots.
-template <int PHASE, int NWG, int NMAX, int NMIN, int STEP>
+// Compiled widths are NMIN, NMIN + STEP, ..., NMAX; a tile takes the smallest that covers its slots. TILES is a warpgroup's 64-row
+// tiles: two share each activation that wgmma reads, one leaves registers for twice the slots, so that decoding is paid half as often.
+template <int PHASE, int PRECISION, int NWG, int TILES, int NMAX, int NMIN, int STEP>
 struct Gemm {
-    using Plan = SmemPlan<NWG, NMAX>;
+    using Plan = SmemPlan<PRECISION, NWG, TILES, NMAX>;
     static constexpr int S = Plan::kStages;
+    static constexpr int kUnits = Plan::kUnits;
     static constexpr bool kGather = PHASE == kGateUp && NMAX <= 32;   // few slots: gathering rows here is cheaper than another kernel
     // Stages whose copies are in flight when an earlier one is published. A consumer keeps two stages, so at most S - 2.
     static constexpr int kLag = S > 4 ? 2 : 1;
     static constexpr int kProducerRegisters = 56;
-    static constexpr int kConsumerRegisters = NWG == 2 ? 224 : 104;   // the sum is what the launch gives the CTA
+    static constexpr int kConsumerRegisters = NWG == 2 ? 224 : 104;   // the sum is at most what the launch gives the CTA
+    static constexpr int kPartial = 128 * TILES * NMAX / 2;           // floats of a warpgroup's accumulators
     static_assert(S >= 3);
+    static_assert(PRECISION == kBf16 || NMAX > 32);
     static constexpr bool kNarrow = NMAX > 32;   // one 64-row tile per wgmma group: half the fragment registers
 
     struct Shared {
-        uint32_t stages, full, empty, staging;
+        uint32_t stages, full, empty, staging, magnitudes, slot_scales;
     };
 
     struct Ring {
@@ -77,9 +88,9 @@ struct Gemm {
 
     // ---- producer ----
     static __device__ __forceinline__ void load_weights(const GemmParams& p, const Tile& t, int kb, uint32_t base, uint32_t full, uint64_t policy) {
-        const int unit0 = t.row_tile * NWG;
+        const int unit0 = t.row_tile * kUnits;
         const size_t block = (size_t(t.expert) * p.units + unit0) * p.kblocks + kb;
-        const int units = min(NWG, p.units - unit0);
+        const int units = min(kUnits, p.units - unit0);
         for (int u = 0; u < units; ++u) {
             const size_t b = block + size_t(u) * p.kblocks;
             bulk_load(base + u * kUnitValueBytes, p.values + b * kUnitValueBytes, kUnitValueBytes, full, policy);
@@ -99,7 +110,8 @@ struct Gemm {
         bool first = true;
         while (cursor.next(sched, t)) {
             const uint32_t act_bytes = (t.rows + 7) / 8 * 1024;
-            const uint32_t bytes = min(NWG, p.units - t.row_tile * NWG) * (kUnitValueBytes + kUnitScaleBytes) + 2 * act_bytes;
+            const uint32_t weight_bytes = min(kUnits, p.units - t.row_tile * kUnits) * (kUnitValueBytes + kUnitScaleBytes);
+            const uint32_t bytes = weight_bytes + Plan::kActParts * act_bytes;
             for (int kb = t.kb0; kb < t.kb1; ++kb) {
                 const uint32_t full = sh.full + ring.stage * 8;
                 mbar_wait(sh.empty + ring.stage * 8, ring.phase ^ 1);
@@ -110,8 +122,9 @@ struct Gemm {
                     grid_wait();
                     first = false;
                 }
-                for (int half = 0; half < 2; ++half)
-                    bulk_load(base + Plan::kValues + Plan::kScales + half * Plan::kActHalf, act + slot_chunk(p.capacity, t.slot0, (2 * kb + half) * 8), act_bytes, full, keep);
+                for (int part = 0; part < Plan::kActParts; ++part)
+                    bulk_load(base + Plan::kValues + Plan::kScales + part * Plan::kActPart,
+                              act + slot_chunk(p.capacity, t.slot0, (Plan::kActParts * kb + part) * 8), act_bytes, full, keep);
                 ring.advance();
             }
         }
@@ -128,7 +141,7 @@ struct Gemm {
         Tile t;
         int issued = 0;
         while (cursor.next(sched, t)) {
-            const uint32_t weight_bytes = min(NWG, p.units - t.row_tile * NWG) * (kUnitValueBytes + kUnitScaleBytes);
+            const uint32_t weight_bytes = min(kUnits, p.units - t.row_tile * kUnits) * (kUnitValueBytes + kUnitScaleBytes);
             uint32_t offset[R];
 #pragma unroll
             for (int i = 0; i < R; ++i) {
@@ -138,7 +151,7 @@ struct Gemm {
                 }
             }
             const char* act = reinterpret_cast<const char*>(p.act) + size_t(t.kb0) * (kBlockK * 2);
-            const uint32_t dst0 = Plan::kValues + Plan::kScales + (chunk >> 3) * Plan::kActHalf + row0 * 128 + (((chunk & 7) ^ row0) * 16);
+            const uint32_t dst0 = Plan::kValues + Plan::kScales + (chunk >> 3) * Plan::kActPart + row0 * 128 + (((chunk & 7) ^ row0) * 16);
             for (int kb = t.kb0; kb < t.kb1; ++kb) {
                 const uint32_t full = sh.full + ring.stage * 8;
                 mbar_wait(sh.empty + ring.stage * 8, ring.phase ^ 1);
@@ -177,35 +190,57 @@ struct Gemm {
         if ((threadIdx.x & 31) == 0) mbar_arrive(empty);
     }
 
+    // Offset of this thread's words of the first k64 of its warpgroup's first tile.
+    static __device__ __forceinline__ uint32_t value_offset() {
+        const int wg = threadIdx.x >> 7;
+        return (wg * TILES / 2) * kUnitValueBytes + (TILES == 2 ? 0 : (wg & 1) * 2048) + (threadIdx.x & 127) * 16;
+    }
+    static __device__ __forceinline__ uint32_t scale_offset() {
+        return Plan::kValues + ((threadIdx.x >> 7) * TILES / 2) * kUnitScaleBytes + (threadIdx.x & 127) * 8;
+    }
+    // Scale bytes of tile m of this warpgroup: row in bits 0..7, row + 8 in bits 16..23. A word holds a k64's [row half][tile].
+    static __device__ __forceinline__ uint32_t tile_scales(uint32_t word, int m) {
+        if (TILES == 1) m = (threadIdx.x >> 7) & 1;
+        return TILES == 1 ? (word >> (8 * m)) & 0x00FF00FFu : m ? prmt(word, 0, 0x4341) : word & 0x00FF00FFu;
+    }
+
+    // Low half of the descriptor of a stage's activations. Taken from one lane, it is known to be the same for the warp: its sums stay in
+    // uniform registers instead of being moved there for every wgmma.
+    static __device__ __forceinline__ uint32_t activations_desc(uint32_t base) {
+        return __shfl_sync(~0u, (uint32_t(1) << 16) | (((base + Plan::kValues + Plan::kScales) & 0x3FFFF) >> 4), 0);
+    }
+
     template <int N>
-    static __device__ __forceinline__ void mainloop(const Shared& sh, Ring& ring, int kblocks, float (&acc)[2][N / 2]) {
-        const int wg = threadIdx.x >> 7, tid = threadIdx.x & 127;
-        const uint32_t value_offset = wg * kUnitValueBytes + tid * 16;
-        const uint32_t scale_offset = Plan::kValues + wg * kUnitScaleBytes + (tid >> 5) * 64 + ((tid & 31) >> 2) * 8;
-        const uint32_t desc_hi = uint32_t(make_desc(0) >> 32);
+    static __device__ __forceinline__ void mainloop(const Shared& sh, Ring& ring, int kblocks, float (&acc)[TILES][N / 2]) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < TILES; ++m)
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) acc[m][i] = 0.f;
+        if constexpr (PRECISION == kE4m3) mainloop_e4m3<N>(sh, ring, kblocks, acc);
+        else mainloop_bf16<N>(sh, ring, kblocks, acc);
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void mainloop_bf16(const Shared& sh, Ring& ring, int kblocks, float (&acc)[TILES][N / 2]) {
+        static_assert(TILES == 2);
+        const uint32_t values = value_offset(), scales = scale_offset();
+        const uint32_t desc_hi = uint32_t(make_desc(0) >> 32);
         uint32_t frag[kNarrow ? 1 : 2][2][8];
         uint32_t previous = 0;
         for (int kb = 0; kb < kblocks; ++kb) {
             mbar_wait(sh.full + ring.stage * 8, ring.phase);
             const uint32_t base = sh.stages + ring.stage * Plan::kStage;
-            const uint32_t desc_lo = (uint32_t(1) << 16) | (((base + Plan::kValues + Plan::kScales) & 0x3FFFF) >> 4);
+            const uint32_t desc_lo = activations_desc(base);
+            const uint2 s = lds64(base + scales);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 uint4 v[2];
-                uint2 s[2];
 #pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    v[m] = lds128(base + value_offset + half * 4096 + m * 2048);
-                    s[m] = lds64(base + scale_offset + half * 512 + m * 256);
-                }
+                for (int m = 0; m < 2; ++m) v[m] = lds128(base + values + half * 4096 + m * 2048);
                 if (half == 1) __syncwarp();   // for release
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const uint32_t lo = desc_lo + half * (Plan::kActHalf >> 4) + h * 4;
+                    const uint32_t lo = desc_lo + half * (Plan::kActPart >> 4) + h * 4;
                     const uint64_t desc0 = (uint64_t(desc_hi) << 32) | lo, desc1 = (uint64_t(desc_hi) << 32) | (lo + 2);
                     // A fragment's registers may be written again once at most the group after its own is in flight.
 #pragma unroll
@@ -215,7 +250,9 @@ struct Gemm {
                             wgmma_wait<1>();
                             if (half == 0 && h == 1 && m == 0 && kb > 0) release(previous);
                         }
-                        decode_k32(h ? v[m].z : v[m].x, h ? v[m].w : v[m].y, h ? s[m].y : s[m].x, f);
+                        const uint32_t bytes = tile_scales(half ? s.y : s.x, m);
+                        if (h == 0) decode_k32<0>(v[m], bytes, f);
+                        else decode_k32<1>(v[m], bytes, f);
                         if (kNarrow) {
                             wgmma_fence();
                             Wgmma<N>::rs(acc[m], f[0], f[1], f[2], f[3], desc0);
@@ -241,6 +278,59 @@ struct Gemm {
         release(previous);
     }
 
+    // The 8 bytes of each row's scale for step n (k64 n / TILES of tile n % TILES).
+    static __device__ __forceinline__ void load_magnitudes(const Shared& sh, uint2 s, int n, uint2 (&table)[2]) {
+        const uint32_t bytes = tile_scales(n / TILES ? s.y : s.x, n % TILES) * 8;
+        table[0] = lds64(sh.magnitudes + (bytes & 0xFFFF));
+        table[1] = lds64(sh.magnitudes + (bytes >> 16));
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void mainloop_e4m3(const Shared& sh, Ring& ring, int kblocks, float (&acc)[TILES][N / 2]) {
+        const uint32_t values = value_offset(), scales = scale_offset();
+        const uint32_t desc_hi = uint32_t(make_desc(0) >> 32);
+        uint32_t frag[2][8];
+        uint32_t previous = 0;
+        for (int kb = 0; kb < kblocks; ++kb) {
+            mbar_wait(sh.full + ring.stage * 8, ring.phase);
+            const uint32_t base = sh.stages + ring.stage * Plan::kStage;
+            const uint32_t desc_lo = activations_desc(base);
+            const uint2 s = lds64(base + scales);
+            uint4 v[2];
+            uint2 table[2][2];
+            v[0] = lds128(base + values);
+            load_magnitudes(sh, s, 0, table[0]);
+#pragma unroll
+            for (int n = 0; n < 2 * TILES; ++n) {
+                if (n + 1 < 2 * TILES) {
+                    v[(n + 1) & 1] = lds128(base + values + ((n + 1) / TILES) * 4096 + ((n + 1) % TILES) * 2048);
+                    load_magnitudes(sh, s, n + 1, table[(n + 1) & 1]);
+                }
+                if (n + 2 == 2 * TILES) __syncwarp();   // for release
+                uint32_t row[4], row8[4];
+                wgmma_wait<1>();   // the group before the last one read these fragments
+                if (n == 1 && kb > 0) release(previous);
+                decode_block_e4m3(v[n & 1].x, v[n & 1].y, table[n & 1][0].x, table[n & 1][0].y, row);
+                decode_block_e4m3(v[n & 1].z, v[n & 1].w, table[n & 1][1].x, table[n & 1][1].y, row8);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    frag[n & 1][2 * i] = row[i];
+                    frag[n & 1][2 * i + 1] = row8[i];
+                }
+                const uint32_t lo = desc_lo + (n / TILES) * 4;
+                const uint32_t(&f)[8] = frag[n & 1];
+                wgmma_fence();
+                WgmmaE4m3<N>::rs(acc[n % TILES], f[0], f[1], f[2], f[3], (uint64_t(desc_hi) << 32) | lo);
+                WgmmaE4m3<N>::rs(acc[n % TILES], f[4], f[5], f[6], f[7], (uint64_t(desc_hi) << 32) | (lo + 2));
+                wgmma_commit();
+            }
+            previous = sh.empty + ring.stage * 8;
+            ring.advance();
+        }
+        wgmma_wait<0>();
+        release(previous);
+    }
+
     // A warpgroup beyond the last unit only keeps the ring going.
     static __device__ __forceinline__ void skip(const Shared& sh, Ring& ring, int kblocks) {
         for (int kb = 0; kb < kblocks; ++kb) {
@@ -253,14 +343,29 @@ struct Gemm {
     template <int N>
     static __device__ __forceinline__ void tile(const GemmParams& p, const Shared& sh, Ring& ring, const ScheduleTables& sched, const Tile& t) {
         const int wg = threadIdx.x >> 7, tid = threadIdx.x & 127;
-        const int unit = t.row_tile * NWG + wg;
-        float acc[2][N / 2];
+        const int unit = t.row_tile * kUnits + wg * TILES / 2;
+        // What the epilogue needs is fetched before the main loop, which hides the latency.
+        constexpr float kFactor = PRECISION == kE4m3 ? kE4m3AlphaFactor : kAlphaFactor;
+        float alpha[2];   // of row g and of row g + 8
+        if (PHASE == kGateUp) {
+            alpha[0] = __ldg(p.alpha + 2 * t.expert) * kFactor;
+            alpha[1] = __ldg(p.alpha + 2 * t.expert + 1) * kFactor;
+        } else {
+            alpha[0] = alpha[1] = __ldg(p.alpha + t.expert) * kFactor;
+        }
+        float scale[(N + 127) / 128];   // of slots tid, tid + 128
+        if (PRECISION == kE4m3) {
+            mbar_wait(sh.full + ring.stage * 8, ring.phase);   // activations have arrived, so their scales are written
+#pragma unroll
+            for (int i = 0; i < (N + 127) / 128; ++i) scale[i] = tid + 128 * i < t.rows ? __ldcg(p.act_scale + t.slot0 + tid + 128 * i) : 0.f;
+        }
+        float acc[TILES][N / 2];
         mainloop<N>(sh, ring, t.kb1 - t.kb0, acc);
 
         if (t.kb0 > 0) {   // not the finisher: leave the sum for it
-            float4* dst = reinterpret_cast<float4*>(p.partial) + (size_t(blockIdx.x) * NWG + wg) * (128 * NMAX / 4) + tid;
+            float4* dst = reinterpret_cast<float4*>(p.partial) + (size_t(blockIdx.x) * NWG + wg) * (kPartial / 4) + tid;
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int m = 0; m < TILES; ++m)
 #pragma unroll
                 for (int i = 0; i < N / 8; ++i)
                     dst[(m * (N / 8) + i) * 128] = make_float4(acc[m][4 * i], acc[m][4 * i + 1], acc[m][4 * i + 2], acc[m][4 * i + 3]);
@@ -275,9 +380,9 @@ struct Gemm {
                 if (tid == 0)
                     while (ld_acquire(p.flags + c * NWG + wg) == 0) {}
                 named_barrier(1 + wg, 128);
-                const float4* src = reinterpret_cast<const float4*>(p.partial) + (size_t(c) * NWG + wg) * (128 * NMAX / 4) + tid;
+                const float4* src = reinterpret_cast<const float4*>(p.partial) + (size_t(c) * NWG + wg) * (kPartial / 4) + tid;
 #pragma unroll
-                for (int m = 0; m < 2; ++m)
+                for (int m = 0; m < TILES; ++m)
 #pragma unroll
                     for (int i = 0; i < N / 8; ++i) {
                         const float4 v = __ldcg(src + (m * (N / 8) + i) * 128);
@@ -289,52 +394,69 @@ struct Gemm {
             }
         }
 
-        // A warp has 16 weight rows of every slot. Transposed through shared memory, a slot's 16 outputs are 32 contiguous bytes.
-        const int warp = tid >> 5, lane = tid & 31;
-        const uint32_t staging = sh.staging + (wg * 4 + warp) * 512;
-        const uint32_t st_addr = staging + (lane & 7) * 32 + ((lane >> 3) & 1) * 16;
-        float alpha[2];
-        if (PHASE == kGateUp) {
-            alpha[0] = p.alpha[2 * t.expert] * kAlphaFactor;
-            alpha[1] = p.alpha[2 * t.expert + 1] * kAlphaFactor;
-        } else {
-            alpha[0] = alpha[1] = p.alpha[t.expert] * kAlphaFactor;
+        const uint32_t scales = sh.slot_scales + wg * Plan::kSlotScales;
+        if (PRECISION == kE4m3) {
+            named_barrier(1 + wg, 128);   // the tile before has been read
+#pragma unroll
+            for (int i = 0; i < (N + 127) / 128; ++i)
+                if (tid + 128 * i < NMAX) st_shared_f32(scales + (tid + 128 * i) * 4, scale[i]);
+            named_barrier(1 + wg, 128);
         }
+
+        // A warp has 16 weight rows of every slot and tile; of the first projection's, the first 8 are gate and the others up of the same
+        // intermediate indices. Four 8 x 8 matrices at a time are transposed through shared memory; a lane then stores 16 bytes of a slot.
+        // kChunks neighbouring lanes have neighbouring 16 bytes: two tiles' 8 rows (kGateUp) or a tile's two halves of 16 (kDown).
+        constexpr int kChunks = PHASE == kGateUp && TILES == 1 ? 1 : 2, kGroups = 4 / kChunks;   // kGroups: of 8 slots, at a time
+        const int warp = tid >> 5, lane = tid & 31, tile0 = TILES == 2 ? 0 : wg & 1;
+        const int matrix = lane >> 3, chunk = kChunks == 2 ? lane & 1 : 0;
+        const int slot = kChunks == 2 ? lane >> 1 : lane;   // of this lane's 16 bytes, within kGroups * 8
+        const uint32_t staging = sh.staging + (wg * 4 + warp) * 512;
+        const uint32_t store_at = staging + matrix * 128 + ((lane & 7) ^ (kChunks == 2 ? (matrix & 1) * 4 : 0)) * 16;
+        const uint32_t load_at = staging + ((slot >> 3) * kChunks + chunk) * 128 + ((slot & 7) ^ (chunk * 4)) * 16;
+        char* out = reinterpret_cast<char*>(p.out);
+        if (PHASE == kGateUp) out += slot_chunk(p.capacity, t.slot0 + slot, unit * 8 + warp * 2 + (kChunks == 2 ? chunk : tile0));
+        else out += (size_t(t.slot0 + slot) * p.out_stride + unit * 128 + tile0 * 64 + warp * 16 + chunk * 8) * 2;
+        const size_t group_bytes = PHASE == kGateUp ? 8 * 128 : size_t(p.out_stride) * 16;
 #pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-            if (8 * j < t.rows) {
+        for (int j0 = 0; j0 < N / 8; j0 += kGroups) {
+            if (8 * j0 < t.rows) {
+                float factor[kGroups][4];
 #pragma unroll
-                for (int m = 0; m < (PHASE == kGateUp ? 1 : 2); ++m) {
-                    float v[4];
+                for (int j = 0; j < kGroups; ++j) {
+                    float2 of_slot = make_float2(1.f, 1.f);
+                    if (PRECISION == kE4m3 && j0 + j < N / 8) of_slot = lds_f32x2(scales + ((j0 + j) * 8 + 2 * (lane & 3)) * 4);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) factor[j][i] = alpha[i >> 1] * (i & 1 ? of_slot.y : of_slot.x);
+                }
+#pragma unroll
+                for (int m = 0; m < (PHASE == kGateUp ? 1 : TILES); ++m) {
+                    uint32_t packed[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
+                        const int j = j0 + i / kChunks, c = i % kChunks;
+                        packed[i] = 0;
+                        if (j >= N / 8) continue;
+                        const float(&f)[4] = factor[i / kChunks];
                         if (PHASE == kGateUp) {
-                            const float g = fminf_nan(acc[0][4 * j + i] * alpha[0], p.limit);
-                            const float u = clamp_nan(acc[1][4 * j + i] * alpha[1], p.limit);
-                            v[i] = __fdividef(g, 1.f + __expf(-g)) * u;
+                            const float(&v)[N / 2] = acc[kChunks == 2 ? c : 0];
+                            packed[i] = pack_bf16(swiglu(v[4 * j] * f[0], v[4 * j + 2] * f[2], p.limit), swiglu(v[4 * j + 1] * f[1], v[4 * j + 3] * f[3], p.limit));
                         } else {
-                            v[i] = acc[m][4 * j + i] * alpha[0];
+                            packed[i] = pack_bf16(acc[m][4 * j + 2 * c] * f[2 * c], acc[m][4 * j + 2 * c + 1] * f[2 * c + 1]);
                         }
                     }
                     __syncwarp();
-                    stmatrix_x2_trans(st_addr, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+                    stmatrix_x4_trans(store_at, packed);
                     __syncwarp();
-                    if (lane < 16) {
-                        const int slot = 8 * j + (lane >> 1);
-                        if (slot < t.rows) {
-                            const uint4 w = lds128(staging + lane * 16);
-                            const int at = t.slot0 + slot;
-                            char* out = reinterpret_cast<char*>(p.out);
-                            if (PHASE == kGateUp) out += slot_chunk(p.capacity, at, unit * 8 + warp * 2 + (lane & 1));
-                            else out += (size_t(at) * p.out_stride + unit * 128 + m * 64 + warp * 16 + (lane & 1) * 8) * 2;
-                            *reinterpret_cast<uint4*>(out) = w;
-                        }
-                    }
+                    if (8 * j0 + slot < t.rows) *reinterpret_cast<uint4*>(out + j0 * group_bytes + m * 128) = lds128(load_at);
                 }
             }
         }
     }
 
+    static __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
+        const float g = fminf_nan(gate, limit), u = clamp_nan(up, limit);
+        return __fdividef(g, 1.f + __expf(-g)) * u;
+    }
     static __device__ __forceinline__ float fminf_nan(float a, float b) { return a > b ? b : a; }
     static __device__ __forceinline__ float clamp_nan(float a, float b) { return a > b ? b : (a < -b ? -b : a); }
     static __device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
@@ -359,7 +481,7 @@ struct Gemm {
         Tile t;
         const int wg = threadIdx.x >> 7;
         while (cursor.next(sched, t)) {
-            if (t.row_tile * NWG + wg < p.units) dispatch<NMIN>(p, sh, ring, sched, t);
+            if (t.row_tile * kUnits + wg * TILES / 2 < p.units) dispatch<NMIN>(p, sh, ring, sched, t);
             else skip(sh, ring, t.kb1 - t.kb0);
         }
     }
@@ -371,7 +493,9 @@ struct Gemm {
         Shared sh;
         sh.stages = smem_u32(smem);
         sh.staging = sh.stages + S * Plan::kStage;
-        sh.full = sh.staging + Plan::kStaging + Plan::kTables;
+        sh.magnitudes = sh.staging + Plan::kStaging + Plan::kTables;
+        sh.slot_scales = sh.magnitudes + Plan::kMagnitudes;
+        sh.full = sh.slot_scales + NWG * Plan::kSlotScales;
         sh.empty = sh.full + S * 8;
         const int E = p.num_experts;
         if (threadIdx.x == 0) {
@@ -380,6 +504,10 @@ struct Gemm {
                 mbar_init(sh.empty + s * 8, NWG * 4);
             }
             mbar_fence_init();
+        }
+        if (PRECISION == kE4m3) {
+            for (int i = threadIdx.x; i < kScaleCodes * 4; i += blockDim.x)
+                st_shared16(sh.magnitudes + i * 2, pack_e4m3(scaled_magnitude(i >> 2, (i & 3) * 2), scaled_magnitude(i >> 2, (i & 3) * 2 + 1)));
         }
         if (kGather) grid_wait();
         if (threadIdx.x < 32) {   // offsets and slot tiles of every expert
@@ -404,7 +532,7 @@ struct Gemm {
             }
             if (lane == 0) {
                 sched.tiles_before[E] = sum;
-                sched.init(E, (p.units + NWG - 1) / NWG, p.kblocks, NMAX);
+                sched.init(E, (p.units + kUnits - 1) / kUnits, p.kblocks, NMAX);
             }
         }
         __syncthreads();
@@ -420,9 +548,9 @@ struct Gemm {
     }
 };
 
-template <int PHASE, int NWG, int NMAX, int NMIN, int STEP>
+template <int PHASE, int PRECISION, int NWG, int TILES, int NMAX, int NMIN, int STEP>
 __global__ void __launch_bounds__(NWG * 128 + 128, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
-    Gemm<PHASE, NWG, NMAX, NMIN, STEP>::run(p);
+    Gemm<PHASE, PRECISION, NWG, TILES, NMAX, NMIN, STEP>::run(p);
 }
 
 }  // namespace sm90

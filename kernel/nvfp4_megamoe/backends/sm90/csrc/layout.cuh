@@ -1,13 +1,20 @@
-// The packed form of NVFP4 weights and its decoding in registers. layout.py states the same layout in torch.
+// The packed form of NVFP4 weights, and its decoding to bf16. layout.py states the same layout in torch; e4m3.cuh decodes it to e4m3.
 //
-// A unit is 128 weight rows: for the first projection 64 gate rows and the 64 up rows of the same intermediate indices, for the
-// second 128 consecutive rows; both are two wgmma tiles of 64 rows. A unit's values lie as [k64][tile][thread][4 words], its scales
-// as [k64][tile][warp][row group][k16][row, row + 8].
+// A unit is 128 packed rows, two wgmma tiles of 64. A unit's values lie as [k64][tile][thread][4 words], its scales as [k128][thread]
+// [8 bytes]. For the second projection packed rows are consecutive rows; for the first a unit is 64 intermediate indices, and of a
+// fragment's two row groups the first (row g of a warp's 16) is gate and the second (row g + 8) up, so that SwiGLU happens in a
+// thread.
 //
-// A word holds one thread's 8 values of one m64k16 operand-A fragment, four pairs. Two words (k32) are packed together so that a
-// pair comes out with at most one shift and one AND: sign at bit 15, exponent and mantissa at bits 8..6 of each half, which as bf16
-// is value * 2^-126. The scale is stored as a 5-bit exponent and 3-bit mantissa and expands to bf16 scale * 2^118 with one multiply-add,
-// so a decoded weight is value * scale * 2^-8, exactly (6 significant bits), and 2^8 goes into alpha.
+// Along K a thread owns whole blocks: of every k64, thread t of a quad has the 16 values of block t, so one scale serves a row's two
+// words. The sum over K does not care which column meets which as long as the activations are permuted alike: in a k64 segment the
+// activations' pair i (0..7) of block t is word t of 16-byte chunk i (bf16); e4m3.cuh has its own order. The first projection's rows
+// are permuted so that its output comes out in the second's order.
+//
+// Two words hold a block, eight pairs of neighbours, so that a pair comes out with at most one shift and one AND: sign at bit 15,
+// exponent and mantissa at bits 8..6 of each half, which as bf16 is value * 2^-126. Pair i's mantissa bit lies at bit kPairAt[i] of the
+// first word (0, 6, 12), of the second (2, 8, 14), or of both mixed by kSharedMask (4, 10), each with its copy 16 bits above.
+// The scale is stored as a 5-bit exponent and 3-bit mantissa and expands to bf16 scale * 2^118 with one multiply-add, so a decoded
+// weight is value * scale * 2^-8, exactly (6 significant bits), and 2^8 goes into alpha.
 #pragma once
 #include <cstdint>
 #include <cuda_bf16.h>
@@ -15,7 +22,7 @@
 namespace sm90 {
 
 constexpr uint32_t kPairMask = 0x81C081C0u;
-constexpr uint32_t kSharedMask = 0x0C180C18u;   // bits of the fourth pairs that lie in the first word; the others lie in the second
+constexpr uint32_t kSharedMask = 0x0C180C18u;   // bits of the shared pairs that lie in the first word; the others lie in the second
 constexpr uint32_t kScaleBase = (235u << 7) * 0x00010001u;
 constexpr float kAlphaFactor = 256.0f;
 constexpr int kUnitRows = 128;
@@ -36,19 +43,36 @@ __device__ __forceinline__ uint32_t scaled_pair(uint32_t bits, __nv_bfloat162 sc
 }
 __device__ __forceinline__ uint32_t rotr(uint32_t w, int n) { return __funnelshift_r(w, w, n); }
 
-// Two words and four scale bytes (k16 0: row, row + 8; k16 1: row, row + 8) to two operand-A fragments.
-__device__ __forceinline__ void decode_k32(uint32_t w0, uint32_t w1, uint32_t scales, uint32_t (&frag)[8]) {
-    const __nv_bfloat162 row = expand_scales(scales & 0x00FF00FFu), row8 = expand_scales(__byte_perm(scales, 0, 0x4341));
-    const __nv_bfloat162 s0 = __low2bfloat162(row), s1 = __low2bfloat162(row8), s2 = __high2bfloat162(row), s3 = __high2bfloat162(row8);
+// Pairs 4 * HALF to 4 * HALF + 3 of one block.
+template <int HALF>
+__device__ __forceinline__ void decode_pairs(uint32_t w0, uint32_t w1, __nv_bfloat162 scale, uint32_t (&pair)[4]) {
     const uint32_t z = (w0 & kSharedMask) | (w1 & ~kSharedMask);
-    frag[0] = scaled_pair(w0 << 6, s0);
-    frag[1] = scaled_pair(w0, s1);
-    frag[2] = scaled_pair(rotr(w0, 6), s0);
-    frag[3] = scaled_pair(z << 2, s1);
-    frag[4] = scaled_pair(w1 << 4, s2);
-    frag[5] = scaled_pair(rotr(w1, 2), s3);
-    frag[6] = scaled_pair(rotr(w1, 8), s2);
-    frag[7] = scaled_pair(rotr(z, 4), s3);
+    if (HALF == 0) {
+        pair[0] = scaled_pair(w0 << 6, scale);
+        pair[1] = scaled_pair(z << 2, scale);
+        pair[2] = scaled_pair(rotr(w1, 2), scale);
+        pair[3] = scaled_pair(rotr(w0, 6), scale);
+    } else {
+        pair[0] = scaled_pair(w1 << 4, scale);
+        pair[1] = scaled_pair(w0, scale);
+        pair[2] = scaled_pair(rotr(z, 4), scale);
+        pair[3] = scaled_pair(rotr(w1, 8), scale);
+    }
+}
+
+// A thread's words of one k64 (x, y: row; z, w: row + 8) and its scales (byte 0: row, byte 2: row + 8) to the operand-A fragments of
+// two m64k16.
+template <int HALF>
+__device__ __forceinline__ void decode_k32(const uint4& v, uint32_t scales, uint32_t (&frag)[8]) {
+    const __nv_bfloat162 both = expand_scales(scales);
+    uint32_t row[4], row8[4];
+    decode_pairs<HALF>(v.x, v.y, __low2bfloat162(both), row);
+    decode_pairs<HALF>(v.z, v.w, __high2bfloat162(both), row8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        frag[2 * i] = row[i];
+        frag[2 * i + 1] = row8[i];
+    }
 }
 
 }  // namespace sm90

@@ -14,8 +14,12 @@ struct RepackParams {
     int rows, k, gate_up;    // gate_up: rows are gate rows, then as many up rows
 };
 
+// Source of packed row r (0..63) of a unit's tile m. The intermediate index that thread group g of warp w computes is, in the second
+// projection's k64 segment `unit`, element j of pair 2 * w + m of block t, where g = 2 * t + j: its place in a chunk of layout.cuh.
 __device__ __forceinline__ int source_row(const RepackParams& p, int unit, int m, int r) {
-    return p.gate_up ? m * (p.rows / 2) + unit * 64 + r : unit * kUnitRows + m * 64 + r;
+    if (!p.gate_up) return unit * kUnitRows + m * 64 + r;
+    const int w = r >> 4, up = (r >> 3) & 1, g = r & 7;
+    return up * (p.rows / 2) + unit * 64 + (g >> 1) * 16 + w * 4 + m * 2 + (g & 1);
 }
 __device__ __forceinline__ uint32_t pair_bits(uint32_t byte) {
     const uint32_t lo = byte & 15, hi = byte >> 4;
@@ -34,47 +38,42 @@ __device__ __forceinline__ uint32_t scale_code(uint32_t bits) {
     return ((4 - shift) << 3) | m;
 }
 
-// A thread writes the four words of one lane for one k64 of one 64-row tile.
+// A thread writes the four words of one lane for one k64 of one 64-row tile: block t of two rows.
 __global__ void repack_values(const __grid_constant__ RepackParams p) {
     const int blocks = p.k / 64;
     const int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (item >= int64_t(p.rows / kUnitRows) * blocks * 256) return;
     const int tid = item & 127, m = (item >> 7) & 1;
     const int block = (item >> 8) % blocks, unit = (item >> 8) / blocks;
-    const int lane = tid & 31, t = lane & 3;
+    const int lane = tid & 31;
     const int r = (tid >> 5) * 16 + (lane >> 2);
+    const int k16 = block * 4 + (lane & 3);
     uint32_t words[4];
-    for (int pair = 0; pair < 2; ++pair) {
-        uint32_t f[2][4];
-        for (int k = 0; k < 2; ++k) {
-            const int k16 = block * 4 + pair * 2 + k;
-            for (int a = 0; a < 4; ++a) {   // fragment registers: row, row + 8, row (k + 8), row + 8 (k + 8)
-                const int64_t row = source_row(p, unit, m, r + (a & 1) * 8);
-                const uint32_t byte = p.values[row * (p.k / 2) + k16 * 8 + t + (a >> 1) * 4];
-                const bool zero = (p.scales[row * (p.k / 16) + k16] & 0x7F) == 0;
-                f[k][a] = zero ? 0 : pair_bits(byte);
-            }
-        }
-        const uint32_t z = rotr(f[0][3], 2) | rotr(f[1][3], 28);
-        words[2 * pair] = rotr(f[0][0], 6) | f[0][1] | rotr(f[0][2], 26) | (z & kSharedMask);
-        words[2 * pair + 1] = rotr(f[1][0], 4) | rotr(f[1][1], 30) | rotr(f[1][2], 24) | (z & ~kSharedMask);
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row = source_row(p, unit, m, r + 8 * half);
+        const bool zero = (p.scales[row * (p.k / 16) + k16] & 0x7F) == 0;
+        uint32_t f[8];
+        for (int i = 0; i < 8; ++i) f[i] = zero ? 0 : pair_bits(p.values[row * (p.k / 2) + k16 * 8 + i]);
+        const uint32_t z = rotr(f[1], 2) | rotr(f[6], 28);
+        words[2 * half] = rotr(f[0], 6) | f[5] | rotr(f[3], 26) | (z & kSharedMask);
+        words[2 * half + 1] = rotr(f[4], 4) | rotr(f[2], 30) | rotr(f[7], 24) | (z & ~kSharedMask);
     }
     reinterpret_cast<uint4*>(p.out_values)[item] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// A thread writes the 8 scale bytes of one row pair for one k64 of one 64-row tile.
+// A thread writes the 8 scale bytes of one thread for one k128 of one unit: [k64][row half][tile].
 __global__ void repack_scales(const __grid_constant__ RepackParams p) {
-    const int blocks = p.k / 64;
+    const int blocks = p.k / kBlockK;
     const int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (item >= int64_t(p.rows / kUnitRows) * blocks * 64) return;
-    const int pair_row = item & 31, m = (item >> 5) & 1;
-    const int block = (item >> 6) % blocks, unit = (item >> 6) / blocks;
-    const int r = (pair_row >> 3) * 16 + (pair_row & 7);
-    uint8_t bytes[8];
-    for (int k = 0; k < 4; ++k)
-        for (int half = 0; half < 2; ++half)
-            bytes[2 * k + half] = scale_code(p.scales[int64_t(source_row(p, unit, m, r + 8 * half)) * (p.k / 16) + block * 4 + k]);
-    for (int i = 0; i < 8; ++i) p.out_scales[item * 8 + i] = bytes[i];
+    if (item >= int64_t(p.rows / kUnitRows) * blocks * 128) return;
+    const int tid = item & 127, lane = tid & 31;
+    const int block = (item >> 7) % blocks, unit = (item >> 7) / blocks;
+    const int r = (tid >> 5) * 16 + (lane >> 2);
+    for (int i = 0; i < 8; ++i) {
+        const int k64 = i >> 2, half = (i >> 1) & 1, m = i & 1;
+        const int64_t row = source_row(p, unit, m, r + 8 * half);
+        p.out_scales[item * 8 + i] = scale_code(p.scales[row * (p.k / 16) + block * 8 + k64 * 4 + (lane & 3)]);
+    }
 }
 
 }  // namespace sm90

@@ -1,10 +1,11 @@
 // Routing: a slot for every (token, k) pair of a local expert, stably sorted by expert, each expert's first slot a multiple of 8; the
-// activations tiled by slot; the sum over a token's slots.
+// sum over a token's slots.
 #pragma once
 #include <cuda_bf16.h>
 
-#include "gemm.cuh"
+#include "activations.cuh"
 #include "ptx.cuh"
+#include "schedule.cuh"
 
 namespace sm90 {
 
@@ -18,10 +19,13 @@ struct RouteParams {
     int* offsets;             // [E]
     int* counts;              // [E]
     int* flags;
-    int pairs, map_size, num_experts, num_flags;
+    const __nv_bfloat16* x;   // [tokens, hidden]
+    __nv_bfloat16* permuted;  // [tokens, hidden], or null: nobody gathers
+    int pairs, map_size, num_experts, num_flags, tokens, hidden;
 };
 
-// One CTA per local expert. Every CTA reads all ids: it counts those of smaller experts (where its slots begin) and its own.
+// One CTA per local expert. Every CTA reads all ids: it counts those of smaller experts (where its slots begin) and its own. CTAs
+// beyond the experts permute activations.
 template <typename Id>
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p) {
     constexpr int kWarps = kRouteThreads / 32;
@@ -29,6 +33,11 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
     __shared__ int histogram[kMaxExperts];   // pairs of the experts before this one
     grid_launch_dependents();
     const int expert = blockIdx.x;
+    if (expert >= p.num_experts) {
+        const int item = (expert - p.num_experts) * kRouteThreads + threadIdx.x, items = p.hidden / 32;
+        if (item < p.tokens * items) permute_in_row(p.x, p.permuted, p.hidden, item / items, item % items);
+        return;
+    }
     for (int e = threadIdx.x; e < expert; e += kRouteThreads) histogram[e] = 0;
     if (threadIdx.x == 0) base = 0;
     __syncthreads();
@@ -43,6 +52,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
         return l < p.num_experts ? l : -1;
     };
     int equal = 0;
+#pragma unroll 4
     for (int i = begin + lane; i < end; i += 32) {
         const int l = local(i);
         equal += l == expert;
@@ -60,16 +70,25 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
         position += w < warp ? equal_of[w] : 0;
     }
     position += base;
-    for (int i0 = begin; i0 < end; i0 += 32) {
-        const int i = i0 + lane;
-        const bool mine = i < end && local(i) == expert;
-        const uint32_t ballot = __ballot_sync(~0u, mine);
-        if (mine) {
-            const int at = position + __popc(ballot & ((1u << lane) - 1));
-            p.order[at] = i;
-            p.inverse[i] = at;
+    constexpr int kAhead = 4;   // loads in flight
+    for (int i0 = begin; i0 < end; i0 += 32 * kAhead) {
+        bool mine[kAhead];
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+            const int i = i0 + 32 * a + lane;
+            mine[a] = i < end && local(i) == expert;
         }
-        position += __popc(ballot);
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+            const int i = i0 + 32 * a + lane;
+            const uint32_t ballot = __ballot_sync(~0u, mine[a]);
+            if (mine[a]) {
+                const int at = position + __popc(ballot & ((1u << lane) - 1));
+                p.order[at] = i;
+                p.inverse[i] = at;
+            }
+            position += __popc(ballot);
+        }
     }
     if (threadIdx.x == 0) {
         p.offsets[expert] = base;
@@ -77,29 +96,6 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
     }
     if (expert == 0)
         for (int i = threadIdx.x; i < p.num_flags; i += kRouteThreads) p.flags[i] = 0;
-}
-
-struct PermuteParams {
-    const __nv_bfloat16* x;   // [T, hidden]
-    const int* inverse;       // [T, topk]
-    __nv_bfloat16* out;       // tiled by slot
-    int topk, hidden, capacity;
-};
-
-constexpr int kPermuteThreads = 128;
-
-// Copies a token's row to each of its slots. Grid [T].
-__global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_constant__ PermuteParams p) {
-    grid_wait();
-    grid_launch_dependents();
-    const int token = blockIdx.x;
-    for (int chunk = threadIdx.x; chunk < p.hidden / 8; chunk += kPermuteThreads) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(p.x + size_t(token) * p.hidden) + chunk);
-        for (int k = 0; k < p.topk; ++k) {
-            const int at = p.inverse[token * p.topk + k];
-            if (at >= 0) *reinterpret_cast<uint4*>(reinterpret_cast<char*>(p.out) + slot_chunk(p.capacity, at, chunk)) = v;
-        }
-    }
 }
 
 struct ReduceParams {
