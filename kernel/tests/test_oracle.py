@@ -162,3 +162,19 @@ def test_all_codes_reach_the_product():
     weights.w2_scale.fill_(2.0)
     weights.w2_global.fill_(0.25)
     torch.testing.assert_close(dequantized(weights, 0, "w2")[3], e2m1.E2M1_VALUES.double() / 2)
+
+
+def test_w8a8_rounds_weights_with_their_block_scale(rng):
+    weights = random_weights(GEOMETRY, rng)
+    exact, rounded = dequantized(weights, 2, "w3"), dequantized(weights, 2, "w3", "w8a8")
+    assert 0.01 < metrics.relative_l2(rounded, exact) < 0.03 and (rounded - exact).abs().le(exact.abs() / 16).all()
+    packed = weights.projection("w3")["weight"][2]
+    codes = torch.stack((packed & 7, (packed >> 4) & 7), -1).flatten(-2)
+    powers_of_two = torch.isin(codes, torch.tensor([1, 2, 4, 6]))
+    assert torch.equal(rounded[powers_of_two], exact[powers_of_two]) and not torch.equal(rounded, exact)
+    x = torch.randn((5, GEOMETRY.hidden), generator=rng).bfloat16()
+    stages = expert_stages(weights, 2, x, None, ("w4a16", "w8a8"))
+    assert torch.equal(stages.gate_up, expert_stages(weights, 2, x, None, "w4a16").gate_up)
+    expected = quantize_activations(stages.activated, torch.ones(()), "w8a8")
+    assert torch.equal(stages.intermediate, expected)
+    assert torch.equal(expected, quantize_activations(stages.activated.bfloat16(), torch.ones(()), "w4a8"))

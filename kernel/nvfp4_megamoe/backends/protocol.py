@@ -8,7 +8,17 @@ if TYPE_CHECKING:
     import torch
 
     from nvfp4_megamoe.moe.geometry import MoEGeometry
+    from nvfp4_megamoe.moe.oracle import Precision
     from nvfp4_megamoe.moe.weights import ExpertWeights
+
+
+def precision_at(backend: Backend, tokens: int, num_experts: int) -> Precision | tuple[Precision, Precision]:
+    """What a call of ``tokens`` tokens over ``num_experts`` global experts is computed in, as the oracle names it.
+
+    ``backend.precision``, unless the backend decides by size and has a method of this name.
+    """
+    decide = getattr(backend, "precision_at", None)
+    return backend.precision if decide is None else decide(tokens, num_experts)
 
 
 class Backend(Protocol):
@@ -19,7 +29,7 @@ class Backend(Protocol):
     Attributes:
         name: as in the table of ``select.py``.
         precisions: of the activations that the kernels offer, the default first.
-        precision: the one that this instance computes with.
+        precision: the one that this instance computes with, or the policy by which it chooses one for each call.
     """
 
     name: str

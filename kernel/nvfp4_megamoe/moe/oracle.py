@@ -1,7 +1,7 @@
 """What a MoE layer must compute, in float64, with activations quantized exactly as a backend quantizes them.
 
-Everything but that rounding is exact to float64: weights are never rounded, accumulation loses nothing. What remains
-between an oracle and a right backend is float32 accumulation and its rare effect on a rounding decision.
+Everything but that rounding is exact to float64: weights are rounded in ``w8a8`` alone, accumulation loses nothing.
+What remains between an oracle and a right backend is float32 accumulation and its rare effect on a rounding decision.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def expert_stages(
 ) -> Stages:
     """Every stage of one local expert for the tokens ``x``, bfloat16 [n, H]."""
     w13_input_scale, w2_input_scale = weights.w13_input_scale[expert].amax(), weights.w2_input_scale[expert]
-    first, second = (precision, precision) if isinstance(precision, str) else precision
+    first, second = of_projections(precision)
     x = quantize_activations(x, w13_input_scale, first)
     gate_up = torch.cat([x @ dequantized(weights, expert, half, first).T for half in (et.GATE, et.UP)], dim=-1)
     activated = swiglu(gate_up, swiglu_limit)
@@ -86,8 +86,20 @@ def expert_stages(
 
 
 def dequantized(weights: ExpertWeights, expert: int, projection: str, precision: Precision = "w4a16") -> torch.Tensor:
-    """Weights of gate (``w1``), down (``w2``) or up (``w3``): float64 [rows, columns]; exact but for ``w8a8``."""
+    """Weights of gate (``w1``), down (``w2``) or up (``w3``): float64 [rows, columns], as :func:`dequantize`."""
     packed, block_scale, global_scale, _ = (part[expert] for part in weights.projection(projection).values())
+    return dequantize(packed, block_scale, global_scale, precision)
+
+
+def of_projections(precision: Precision | tuple[Precision, Precision]) -> tuple[Precision, Precision]:
+    """The precision of the first projection and of the second."""
+    return (precision, precision) if isinstance(precision, str) else precision
+
+
+def dequantize(
+    packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, precision: Precision
+) -> torch.Tensor:
+    """float64 weights that a GEMM reads; arguments as in ``nvfp4.dequantize``. Exact but for ``w8a8``."""
     if precision != "w8a8":
         return nvfp4.dequantize(packed, block_scale, global_scale, torch.float64)
     # An eighth of value * block scale is at most 6 * 448 / 8 = 336 and so never saturates.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_megamoe.backends.protocol import Backend
+from nvfp4_megamoe.backends.protocol import Backend, precision_at
 from nvfp4_megamoe.checkpoint import expert_tensors as et
 from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
@@ -122,8 +122,9 @@ class LayerTest:
     def _sizes(self) -> tuple[int, ...]:
         return (1, 8, 2048) if self.options.all_sizes else ()
 
-    def _precision(self, tokens: int) -> oracle.Precision:
-        return self.backend.precision
+    def _precision(self, tokens: int) -> oracle.Precision | tuple[oracle.Precision, oracle.Precision]:
+        experts = self.geometry.num_local_experts if self.expert_map is None else self.expert_map.numel()
+        return precision_at(self.backend, tokens, experts)
 
     def _forward(self, layer: Layer, index: torch.Tensor) -> torch.Tensor:
         rows = index.to(self._device)
@@ -134,6 +135,7 @@ class LayerTest:
 
     def _judge(self, index: torch.Tensor, out: torch.Tensor) -> list[Measurement]:
         precision = self._precision(len(index))
+        label = "+".join(dict.fromkeys(oracle.of_projections(precision)))
         limits: Limits = limits_for(precision, self.geometry.intermediate)
         found, begin = [], 0
         names = [f"expert {self.expert_ids[expert]}" for expert in self._compared] + ["routing"]
@@ -143,7 +145,7 @@ class LayerTest:
                 rows, tokens = (index[here] - begin).to(self._device), len(index)
                 columns = name != "routing" and len(here) >= len(expected)
                 got = out[here.to(self._device)]
-                found += judge_rows(name, got, expected[rows], limits, precision, tokens, columns=columns)
+                found += judge_rows(name, got, expected[rows], limits, label, tokens, columns=columns)
             begin += len(expected)
         here = (index >= begin).nonzero().flatten()
         if len(here):
@@ -151,7 +153,7 @@ class LayerTest:
             rows, on_device = here.to(self._device), experts.to(self._device)
             channels, expected = self._probes.channels[on_device], self._probes.expected[precision][on_device]
             names = [f"expert {self.expert_ids[expert]}" for expert in experts.tolist()]
-            found.append(judge_probes(names, out[rows].gather(1, channels), expected, limits, precision, len(index)))
+            found.append(judge_probes(names, out[rows].gather(1, channels), expected, limits, label, len(index)))
         return found
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from nvfp4_megamoe.moe.oracle import Precision
+from nvfp4_megamoe.moe.oracle import Precision, of_projections
 
 
 class Limits(NamedTuple):
@@ -42,6 +42,7 @@ class _Budget(NamedTuple):
 _BUDGETS = {
     "w4a16": _Budget(noise=2.3e-3, step=0.0),
     "w4a8": _Budget(noise=6e-3, step=1.1),
+    "w8a8": _Budget(noise=1.3e-2, step=1.1),  # measured on an H200; the codes that a sum tips over are in it
     "w4a4": _Budget(noise=3e-3, step=1.2),
 }
 _MARGIN = 3.0  # between a budget of relative L2 and its limit
@@ -50,19 +51,20 @@ _CHANGED_ON_AVERAGE = 0.2
 COLUMN = 0.2  # a lost output channel has 1; a changed code moves each channel by its weight
 
 
-def limits_for(precision: Precision, intermediate: int) -> Limits:
+def limits_for(precision: Precision | tuple[Precision, Precision], intermediate: int) -> Limits:
     """Limits for one layer.
 
     Args:
-        precision: of the activations.
+        precision: of the activations; of two, the limits are those of the larger noise.
         intermediate: I of this rank's experts. The fewer codes a row has, the more one changed code weighs.
 
     Raises:
         ValueError: there is no budget for the precision.
     """
-    if precision not in _BUDGETS:
-        raise ValueError(f"There is no noise budget for precision {precision!r}; expected {', '.join(_BUDGETS)}.")
-    noise, step = _BUDGETS[precision]
+    for one in of_projections(precision):
+        if one not in _BUDGETS:
+            raise ValueError(f"There is no noise budget for precision {one!r}; expected {', '.join(_BUDGETS)}.")
+    noise, step = max(_BUDGETS[one] for one in of_projections(precision))
     rounding = (_MARGIN * noise) ** 2
     mean = rounding + _CHANGED_ON_AVERAGE * step / intermediate
     row = math.sqrt(rounding + _CHANGED_IN_A_ROW * step / intermediate)

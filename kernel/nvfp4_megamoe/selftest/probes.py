@@ -14,7 +14,6 @@ import torch
 from nvfp4_megamoe.checkpoint import expert_tensors as et
 from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.weights import ExpertWeights
-from nvfp4_megamoe.numerics import nvfp4
 from nvfp4_megamoe.numerics.nvfp4 import BLOCK
 from nvfp4_megamoe.selftest import inputs
 
@@ -28,11 +27,14 @@ class Probes(NamedTuple):
 
     tokens: torch.Tensor
     channels: torch.Tensor
-    expected: dict[str, torch.Tensor]
+    expected: dict[oracle.Precision | tuple[oracle.Precision, oracle.Precision], torch.Tensor]
 
 
 def make_probes(
-    weights: ExpertWeights, limit: float | None, precisions: tuple[oracle.Precision, ...], rng: torch.Generator
+    weights: ExpertWeights,
+    limit: float | None,
+    precisions: tuple[oracle.Precision | tuple[oracle.Precision, oracle.Precision], ...],
+    rng: torch.Generator,
 ) -> Probes:
     """Probe every local expert; ``expected`` has a tensor for each precision.
 
@@ -52,9 +54,11 @@ def make_probes(
         x = inputs.probe_values(torch.where(size == 0, 1.0, size), gate_up.shape[-1], rng)
         columns = (blocks[part, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
         tokens[part].scatter_(1, columns, x)
-        down = _rows(weights, part, channels[part])
         for precision in precisions:
-            expected[precision].append(_expected(weights, part, gate_up, down, x, limit, precision))
+            first, second = oracle.of_projections(precision)
+            read = gate_up if first != "w8a8" else _columns(weights, part, blocks[part], first)
+            down = _rows(weights, part, channels[part], second)
+            expected[precision].append(_expected(weights, part, read, down, x, limit, (first, second)))
     return Probes(tokens, channels, {precision: torch.cat(parts) for precision, parts in expected.items()})
 
 
@@ -63,24 +67,26 @@ def _choose(experts: int, of: int, count: int, rng: torch.Generator) -> torch.Te
     return torch.rand((experts, of), generator=rng).topk(min(count, of)).indices
 
 
-def _columns(weights: ExpertWeights, part: slice, blocks: torch.Tensor) -> torch.Tensor:
+def _columns(
+    weights: ExpertWeights, part: slice, blocks: torch.Tensor, precision: oracle.Precision = "w4a16"
+) -> torch.Tensor:
     """Gate and up in ``blocks``: float64 [E, 2, I, 16 n]."""
     experts, count = blocks.shape
     index = blocks[:, None, :, None]
     packed = weights.w13[part].unflatten(-1, (-1, BLOCK // 2)).take_along_dim(index, 2)
     scale = weights.w13_scale[part].view(torch.uint8).take_along_dim(blocks[:, None], 2)
     halves = (experts, 2, weights.intermediate)
-    return nvfp4.dequantize(
-        packed.reshape(*halves, -1), scale.reshape(*halves, count), weights.w13_global[part], torch.float64
+    return oracle.dequantize(
+        packed.reshape(*halves, -1), scale.reshape(*halves, count), weights.w13_global[part], precision
     )
 
 
-def _rows(weights: ExpertWeights, part: slice, channels: torch.Tensor) -> torch.Tensor:
+def _rows(weights: ExpertWeights, part: slice, channels: torch.Tensor, precision: oracle.Precision) -> torch.Tensor:
     """Down in ``channels``: float64 [E, n, I]."""
     packed, scale, global_scale, _ = (tensor[part] for tensor in weights.projection(et.DOWN).values())
     packed = packed.take_along_dim(channels[..., None], 1)
     scale = scale.view(torch.uint8).take_along_dim(channels[..., None], 1)
-    return nvfp4.dequantize(packed, scale, global_scale, torch.float64)
+    return oracle.dequantize(packed, scale, global_scale, precision)
 
 
 def _expected(
@@ -90,10 +96,10 @@ def _expected(
     down: torch.Tensor,
     x: torch.Tensor,
     limit: float | None,
-    precision: oracle.Precision,
+    precisions: tuple[oracle.Precision, oracle.Precision],
 ) -> torch.Tensor:
-    x = oracle.quantize_activations(x, weights.w13_input_scale[part].amax(1), precision)
+    x = oracle.quantize_activations(x, weights.w13_input_scale[part].amax(1), precisions[0])
     preactivation = (gate_up.flatten(1, 2) @ x[..., None]).squeeze(-1)
     activated = oracle.swiglu(preactivation, limit)
-    activated = oracle.quantize_activations(activated, weights.w2_input_scale[part], precision)
+    activated = oracle.quantize_activations(activated, weights.w2_input_scale[part], precisions[1])
     return (down @ activated[..., None]).squeeze(-1)

@@ -126,10 +126,10 @@ class Sm90Backend:
         first, second = self.thresholds
         return mean >= first, mean >= second
 
-    def precision_at(self, tokens: int, num_experts: int) -> tuple[Precision, Precision]:
-        """Of both projections, as the oracle names them."""
-        first, second = self.in_e4m3(tokens, num_experts)
-        return "w8a8" if first else "w4a16", "w8a8" if second else "w4a16"
+    def precision_at(self, tokens: int, num_experts: int) -> Precision | tuple[Precision, Precision]:
+        """See ``protocol.precision_at``."""
+        first, second = ("w8a8" if e4m3 else "w4a16" for e4m3 in self.in_e4m3(tokens, num_experts))
+        return first if first == second else (first, second)
 
     def _capacity(self, slots: int) -> int:
         """Rows of the arrays by slot: every expert's first slot is a multiple of 8."""
