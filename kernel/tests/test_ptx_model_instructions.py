@@ -288,6 +288,29 @@ def test_shuffle(mode, clamp, by):
         assert out[lane].tolist() == [a[source if there else lane], there]
 
 
+def test_bf16_through_shared_memory():
+    """cvt.rn.bf16.f32 rounds to nearest, ties to even; 16-bit stores and loads move it."""
+    x = np.random.default_rng(fresh_seed()).normal(size=32).astype(np.float32)
+    x[:4] = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xFF800000], np.uint32).view(np.float32)
+    body = """mad.wide.u32 %d2, %r0, 4, %d1; ld.global.b32 %r1, [%d2]; mov.b32 %r2, buffer;
+ mad.lo.s32 %r3, %r0, 2, %r2; cvt.rn.bf16.f32 %h0, %r1; st.shared.b16 [%r3], %h0;
+ ld.shared.b16 %h1, [%r3]; mad.wide.u32 %d3, %r0, 2, %d0; st.global.b16 [%d3], %h1;"""
+    out = np.zeros(32, np.uint16)
+    run(program(body, shared=64), out, x)
+    assert out[:4].tolist() == [0x3F80, 0x3F82, 0x3F81, 0xFF80]
+    nearest = (x.view(np.uint32)[4:].astype(np.uint64) + 0x7FFF + (x.view(np.uint32)[4:] >> 16 & 1)) >> 16
+    assert out[4:].tolist() == nearest.tolist()
+
+
+def test_elect_chooses_one_lane_and_names_it_to_all():
+    body = """elect.sync %r1|%p1, -1; selp.b32 %r2, 1, 0, %p1;
+ mad.wide.u32 %d2, %r0, 8, %d0; st.global.v2.b32 [%d2], {%r1, %r2};"""
+    out = np.zeros((32, 2), np.uint32)
+    run(program(body), out)
+    leader = int(out[0, 0])
+    assert out.tolist() == [[leader, int(lane == leader)] for lane in range(32)]
+
+
 def test_match_any():
     rng = np.random.default_rng(fresh_seed())
     a = rng.choice(np.array([0, 7, 2**32 - 1, 5], np.uint32), 32)

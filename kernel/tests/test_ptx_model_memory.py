@@ -232,3 +232,33 @@ def test_same_seed_same_run():
         for _ in range(2)
     ]
     assert counts[0] == counts[1]
+
+
+_LONG_WORK = "mov.b32 %r8, 0; WORK: add.s32 %r8, %r8, 1; setp.lt.s32 %p1, %r8, 500; @%p1 bra WORK;"
+
+
+def test_some_warps_are_slow():
+    """A warp with 1500 instructions to go can be ahead of one with ten, in some runs."""
+    body = f"""setp.ge.u32 %p2, %r0, 32; @%p2 bra SHORT;
+ {_LONG_WORK} mov.b32 %r3, 1; st.global.b32 [%d0+4], %r3; bra END;
+SHORT: ld.global.b32 %r4, [%d0+4]; st.global.b32 [%d0], %r4;
+END:"""
+    found = []
+    for seed in range(40):
+        out = np.zeros(2, np.uint32)
+        run(program(body), out, warps=2, seed=seed)
+        found.append(int(out[0]))
+    assert 2 <= sum(found) <= 20
+
+
+def test_some_copies_are_late():
+    """A copy that is not waited for is still under way after 1500 instructions, in some runs."""
+    body = f"""mov.b32 %r2, buffer; mad.lo.s32 %r2, %r0, 16, %r2; mad.wide.u32 %d2, %r0, 16, %d1;
+ cp.async.cg.shared.global [%r2], [%d2], 16; {_LONG_WORK} ld.shared.b32 %r4, [%r2]; st.global.b32 [%d0], %r4;"""
+    source, late = np.zeros(32 * 16, np.uint8), 0
+    for seed in range(40):
+        try:
+            run(program(body, shared=512), np.zeros(1, np.uint32), source, seed=seed)
+        except UndefinedRead:
+            late += 1
+    assert 2 <= late <= 20
