@@ -5,9 +5,10 @@
 
 1. V4-Pro's layers, few of them, from a checkpoint: tensor and expert parallel over all GPUs against one GPU. Same
    log-probabilities and greedy tokens up to rounding, or the status is 1.
-2. All 61 layers with random weights made in place, 48 experts of 1.66 GiB a layer on every GPU, as 8 GPUs hold the 384
-   of V4-Pro: 384 on 8 GPUs, 192 on 4, 96 on 2. Time per output token at 1, 8, 32 and 128 sequences, prefill of 8192
-   tokens, memory left for the KV cache and the phases of start-up, for both vLLMs in turn.
+2. All 61 layers with random weights made in place: the 384 experts of V4-Pro on 8 GPUs, 192 on 4, the same 48 and
+   101 GiB a GPU; on 2 GPUs 64, the most that fit of the numbers that vLLM's router kernel knows. Time per output token
+   at 1, 8, 32 and 128 sequences, prefill of 8192 tokens, memory left for the KV cache and the phases of start-up, for
+   both vLLMs in turn.
 
 Every stage has a limit and the report is written after each, so a run that is cut off leaves what it has; ``--resume``
 goes on with the stages that are missing. NVLink multicast is switched off. DeepGEMM's kernels are compiled when first
@@ -32,7 +33,7 @@ from serving_bench import client, compare, report, whole_model
 from serving_bench.expert_parallel_report import OWN, STOCK, judge, render
 from serving_bench.server import Server, end_servers_with_this_process, server, start_phases
 
-EXPERTS_A_GPU = 48
+EXPERTS = {8: 384, 4: 192, 2: 64, 1: 32}  # by ranks; vLLM's router kernel has powers of two, 192, 320, 384, 448 and 576
 SEQUENCES = (1, 8, 32, 128)
 PROMPT_TOKENS, OUTPUT_TOKENS, PREFILL_TOKENS = 128, 48, 8192
 ENVIRONMENT = {
@@ -65,7 +66,14 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def server(
-        self, side: str, label: str, model: Path, gpus: list[int], extra: Sequence[str] = (), path: Sequence[Path] = ()
+        self,
+        side: str,
+        label: str,
+        model: Path,
+        gpus: list[int],
+        extra: Sequence[str] = (),
+        path: Sequence[Path] = (),
+        precision: str = "auto",
     ) -> Server:
         """A server of ``side`` on ``gpus``, not started."""
         a = self.a
@@ -74,14 +82,14 @@ class Bench:
             flags += ["--tensor-parallel-size", str(len(gpus)), "--enable-expert-parallel"]
         if side == OWN:
             flags += ["--moe-backend", "nvfp4_megamoe"]
-        environment = {**ENVIRONMENT, **caches.environment(a.caches / side)}
+        environment = {**ENVIRONMENT, **caches.environment(a.caches / side), "MEGA_MOE_PRECISION": precision}
         folders = [a.own_site if side == OWN else a.stock_site, *path]
         visible = gpus if a.devices else None
         return server(f"{side}-{label}", model, flags, a.logs, path=folders, gpus=visible, environment=environment)
 
     def few_layers(self, gpus: list[int]) -> dict:
         """Log-probabilities and greedy tokens of the checkpoint with few layers."""
-        with self.server(OWN, f"few-{len(gpus)}", self.a.few_model, gpus) as running:
+        with self.server(OWN, f"few-{len(gpus)}", self.a.few_model, gpus, precision="w4a16") as running:
             running.start(max(1.0, self.left()))
             found = compare.answers(running.base_url)
             again = compare.difference(compare.answers(running.base_url), found)
@@ -100,7 +108,7 @@ class Bench:
     def whole(self, side: str, gpus: list[int]) -> dict:
         """Times of the whole model."""
         a = self.a
-        geometry = whole_model.pro(EXPERTS_A_GPU * len(gpus), a.layers)
+        geometry = whole_model.pro(EXPERTS[len(gpus)], a.layers)
         model = whole_model.write(a.logs / f"whole-{len(gpus)}", geometry)
         found: dict = {
             "layers": geometry.layers, "experts": geometry.experts_count, "ranks": len(gpus),

@@ -84,21 +84,20 @@ class Side:
         self.answers: dict[str, list] | None = None
         self.driven: list = []  # what the first start was warmed with
 
-    def server(self, label: str) -> Server:
-        """A server that is not started."""
+    def server(self, label: str, precision: str) -> Server:
+        """A server that is not started; ``precision`` is of this project's kernels."""
         a = self.arguments
         flags = [*shlex.split(a.flags), *([] if self.name == STOCK else ["--moe-backend", "nvfp4_megamoe"])]
         gpus = None if self.gpu is None else [self.gpu]
+        environment = caches.environment(self.root) | {"MEGA_MOE_PRECISION": precision}
         label = f"{self.name}-{label}"
-        return server(
-            label, a.model, flags, a.logs, path=[self.site], gpus=gpus, environment=caches.environment(self.root)
-        )
+        return server(label, a.model, flags, a.logs, path=[self.site], gpus=gpus, environment=environment)
 
     def first_start(self) -> dict:
-        """Empty or kept caches, as they are: start, warm, compare with itself, measure."""
+        """Caches as they are, empty or kept: start, warm, compare with itself, measure; in bfloat16, as stock does."""
         a = self.arguments
         before = caches.snapshot(self.root)
-        with self.server("first") as running:
+        with self.server("first", "w4a16") as running:
             running.start(a.timeout)
             ready = caches.snapshot(self.root)
             found = {"phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))}
@@ -109,23 +108,33 @@ class Side:
             found["files_after_ready"] = caches.by_compiler(caches.changed(ready, caches.snapshot(self.root)))
             self.answers = compare.answers(running.base_url)
             found["itself"] = compare.difference(compare.answers(running.base_url), self.answers)
-            for inputs, outputs, _, at_once in a.settings.values():
-                client.decode(running.base_url, at_once, inputs, outputs)  # what it compiles is not measured
-            found["bench"] = {
-                name: vllm_bench(running, a.model, setting, a.logs / f"{self.name}-{name}.json", a.bench_flags)
-                for name, setting in a.settings.items()
-            }
+            found["bench"] = self.bench(running)
             return found | running.facts()
 
+    def bench(self, running: Server) -> dict:
+        """``vllm bench serve`` at every setting, after requests of its shapes, so that no compilation is measured."""
+        a, found = self.arguments, {}
+        for name, setting in a.settings.items():
+            inputs, outputs, _, at_once = setting
+            client.decode(running.base_url, at_once, inputs, outputs)
+            out = a.logs / f"{running.label}-{name}.json"
+            found[name] = vllm_bench(running, a.model, setting, out, a.bench_flags)
+        return found
+
     def second_start(self) -> dict:
-        """With the caches of the first: what is compiled until ready, and by requests of every shape after it."""
+        """With the caches of the first: what is compiled until ready, and by requests of every shape after it.
+
+        This project's kernels choose their precision, and are measured again with it.
+        """
         a = self.arguments
         before = caches.snapshot(self.root)
-        with self.server("second") as running:
+        with self.server("second", "auto") as running:
             running.start(a.timeout)
             found = {"phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))}
             found["warm"] = drive(running.base_url, self.driven, 1)
             found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(self.root)))
+            if self.name == OWN:
+                found["bench"] = self.bench(running)
             return found | running.facts()
 
 
@@ -179,9 +188,10 @@ def render(data: dict) -> str:
     rows = []
     for setting in data.get("settings", ()):
         for key in ("output_throughput", "total_token_throughput", "median_tpot_ms", "median_ttft_ms"):
-            values = [report.result(data, f"{side}, first start", "bench", setting, key) for side in (OWN, STOCK)]
-            rows.append([setting, key, *values, values[0] / values[1] if all(values) else None])
-    lines += [report.table(["setting", "", OWN, STOCK, "own / stock"], rows), ""]
+            measured = [f"{OWN}, first start", f"{OWN}, second start", f"{STOCK}, first start"]
+            exact, auto, stock = (report.result(data, name, "bench", setting, key) for name in measured)
+            rows.append([setting, key, exact, auto, stock, exact / stock if exact and stock else None])
+    lines += [report.table(["setting", "", "own, w4a16", "own, auto", STOCK, "w4a16 / stock"], rows), ""]
     rows = [
         [name, *(found.get(key) if found else None for key in ("mean", "max", "greedy_equal_tokens", "parting_gaps"))]
         for name, found in (

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,19 +24,22 @@ class Report:
         self.render = render
         self.data: dict = {"about": about(), "stages": {}}
         self.began = time.monotonic()
+        self._lock = threading.Lock()  # stages may run in threads
 
     def stage(self, name: str, run: Callable[[], object]) -> object | None:
         """Run one stage; returns its result, or None where it failed."""
         began = time.monotonic()
         entry: dict[str, object] = {}
-        self.data["stages"][name] = entry
+        with self._lock:
+            self.data["stages"][name] = entry
         print(f"[bench] {time.monotonic() - self.began:.0f} s: {name}", flush=True)
         try:
-            entry["result"] = run()
+            outcome = {"result": run()}
         except Exception as error:
-            entry["error"] = f"{type(error).__name__}: {error}"
+            outcome = {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
-        entry["seconds"] = round(time.monotonic() - began, 1)
+        with self._lock:
+            entry |= outcome | {"seconds": round(time.monotonic() - began, 1)}
         self.write()
         print(f"[bench] {name}: {entry.get('error') or 'done'} after {entry['seconds']} s", flush=True)
         return entry.get("result")
@@ -52,14 +56,15 @@ class Report:
 
     def write(self) -> None:
         """Write both files; each is replaced, never half-written."""
-        for path, text in (
-            (self.path, json.dumps(self.data, indent=1, default=str) + "\n"),
-            (self.path.with_suffix(".md"), self.render(self.data) + "\n"),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(text)
-            partial.replace(path)
+        with self._lock:
+            for path, text in (
+                (self.path, json.dumps(self.data, indent=1, default=str) + "\n"),
+                (self.path.with_suffix(".md"), self.render(self.data) + "\n"),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(path.name + ".partial")
+                partial.write_text(text)
+                partial.replace(path)
 
 
 def result(data: dict, stage: str, *keys: str) -> object | None:
