@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+ROUTING = "routing"
+
 
 class Measurement(NamedTuple):
     """One number of one batch.
 
-    subject: ``expert 17`` (global id), or ``routing`` for tokens of several experts. metric: as in ``judge.py``.
+    subject: ``expert 17`` (global id), or ``ROUTING`` for tokens of several experts. metric: as in ``judge.py``.
     tokens: of the batch. It passes where ``value <= limit``.
     """
 
@@ -44,9 +46,9 @@ class LayerReport:
 
     @property
     def failures(self) -> tuple[Measurement, ...]:
-        """Those above their limits, the furthest first."""
+        """Those above their limits: experts' before those of tokens of several experts, the furthest first."""
         failed = (m for m in self.measurements if not m.passed)
-        return tuple(sorted(failed, key=lambda m: -m.value / m.limit if m.limit else -m.value))
+        return tuple(sorted(failed, key=lambda m: (m.subject == ROUTING, -m.value / m.limit)))
 
     @property
     def passed(self) -> bool:
