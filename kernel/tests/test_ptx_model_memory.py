@@ -225,6 +225,33 @@ def test_faulty_load_from_another_blocks_shared_memory(barrier, window, error):
             run(ptx, np.zeros((2, 32), np.uint32), cluster=2, seed=seed)
 
 
+MULTICAST = """mov.b32 %r1, buffer; mov.b32 %r2, %cluster_ctarank; setp.eq.b32 %p1, %r0, 0; mov.b16 %h1, {mask};
+ @%p1 mbarrier.init.shared.b64 [%r1], 1; fence.mbarrier_init.release.cluster;
+ barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;
+ @!%p1 bra W;
+ mad.lo.u32 %r3, %r2, 128, %r1; mad.wide.u32 %d3, %r2, 128, %d1;
+ cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r3+512], [%d3], 128, [%r1], %h1;
+ mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 256;
+W: mbarrier.try_wait.parity.shared.b64 %p2, [%r1], 0; @!%p2 bra W;
+ mad.lo.u32 %r4, %r0, 8, %r1; ld.shared.v2.b32 {{%r5, %r6}}, [%r4+512];
+ mad.lo.u32 %r7, %r2, 32, %r0; mad.wide.u32 %d2, %r7, 8, %d0; st.global.v2.b32 [%d2], {{%r5, %r6}};
+ barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"""
+
+
+def test_multicast_load_counts_at_the_barrier_of_every_block():
+    """Each block brings half of the data to both, perhaps before the other one expects its bytes."""
+    data = np.random.default_rng(fresh_seed()).integers(0, 2**32, 64, dtype=np.uint32)
+    for seed in range(5):
+        out = np.zeros((2, 64), np.uint32)
+        run(program(MULTICAST.format(mask=3), 1024), out, data, cluster=2, seed=seed)
+        assert (out == data).all()
+
+
+def test_multicast_load_to_one_block_leaves_the_other_waiting():
+    with pytest.raises(Deadlock):
+        run(program(MULTICAST.format(mask=1), 1024), np.zeros((2, 64), np.uint32), np.zeros(64, np.uint32), cluster=2)
+
+
 def test_same_seed_same_run():
     data = source()
     counts = [

@@ -176,13 +176,16 @@ def _bulk_load(ins: Instruction, match, program: Program):
 
 
 def begin_load(cluster, what: str, blocks: list[int], index: np.ndarray, fetch, barriers: list[int]) -> None:
-    """Copy ``fetch()`` to ``index`` of every block, later, one block at a time, each with its barrier's bytes."""
+    """Copy ``fetch()``, one read, to ``index`` of every block, later, one at a time, each with its barrier's bytes."""
+    fetched = []
     for rank, where in zip(blocks, barriers, strict=True):
         shared = cluster.shared(rank)
         shared.begin_write(index)
 
         def complete(shared=shared, where=where):
-            shared.write(index, fetch(), None)
+            if not fetched:
+                fetched.append(fetch())
+            shared.write(index, fetched[0], None)
             arrive(cluster, where, 0, -int(index.size))
 
         cluster.submit(f"{what} (block {rank})", complete)

@@ -57,7 +57,7 @@ class Cluster:
             self.ctas.append(Cta(machine, self, rank, coordinates))
         self.warps = [warp for cta in self.ctas for warp in cta.warps]
         self.paces = {warp: machine.random.choice(_PACES) for warp in self.warps}
-        self.lateness = machine.random.choice(_LATENESS)
+        self.lateness = machine.lateness or machine.random.choice(_LATENESS)
 
     def cta(self, rank: int) -> Cta:
         if rank >= len(self.ctas):
@@ -100,6 +100,8 @@ class Machine:
         strict: a read of shared memory that is not defined is an error, and tcgen05.ld needs its wait.
         proxies: an asynchronous read of bytes that no fence.proxy.async covers is an error.
         approximation_ulps: how far ``.approx`` functions may be off.
+        lateness: how late copies may be, above 0: the share that completes in a round is a random number to this power;
+            by the seed where None.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Machine:
         strict: bool = True,
         proxies: bool = True,
         approximation_ulps: int = 0,
+        lateness: int | None = None,
     ) -> None:
         self.program = program = parse(ptx) if isinstance(ptx, str) else ptx
         self.code = [_decoded(ins, program) for ins in program.instructions]
@@ -124,6 +127,7 @@ class Machine:
         self.shared_bytes = program.dynamic + dynamic_shared
         self.strict, self.proxies, self.approximation_ulps = strict, proxies, approximation_ulps
         self.random, self.noise = random.Random(seed), np.random.default_rng(seed)
+        self.lateness = lateness
         self.give_up = 0.02
         self.events = self.polls = self.executed = 0
         self.visited: set[int] = set()

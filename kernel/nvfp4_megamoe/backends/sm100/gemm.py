@@ -324,14 +324,16 @@ class GroupedGemm:
                     for image in cutlass.range_constexpr(self.images):
                         row = tile.expert * (n // IMAGE_ROWS) + tile.column * self.images + image
                         source = Int64(row) * steps + step
-                        place = self._weight_scales(base) + image * SCALE_BYTES
-                        ptx.bulk_load(place, b_scale + source * SCALE_BYTES, SCALE_BYTES, barrier)
-                        # A pair shares the codes, image 0 in the first block; each needs the scales of both.
-                        mine = image == rank if cutlass.const_expr(self.pair) else True
-                        if mine:
-                            place = self._weight_codes(base)
-                            if cutlass.const_expr(not self.pair):
-                                place += image * CODE_BYTES
+                        scales, place = b_scale + source * SCALE_BYTES, self._weight_scales(base) + image * SCALE_BYTES
+                        if cutlass.const_expr(self.pair):
+                            # A pair shares the codes, image 0 in the first block; each needs the scales of both, which
+                            # one brings. Its stage is empty when the other's is: one commit says so to both.
+                            if image == rank:
+                                ptx.bulk_load_pair(place, scales, SCALE_BYTES, barrier)
+                                ptx.bulk_load(self._weight_codes(base), b + source * CODE_BYTES, CODE_BYTES, barrier)
+                        else:
+                            ptx.bulk_load(place, scales, SCALE_BYTES, barrier)
+                            place = self._weight_codes(base) + image * CODE_BYTES
                             ptx.bulk_load(place, b + source * CODE_BYTES, CODE_BYTES, barrier)
                     if cutlass.const_expr(not self.first):
                         source = (Int64(self._image(tile)) * steps + step) * parts + part

@@ -147,6 +147,19 @@ def bulk_load(target: Int32, source: Int64, size: int, barrier: Int32) -> None:
     )
 
 
+def bulk_load_pair(target: Int32, source: Int64, size: int, barrier: Int32) -> None:
+    """The same bytes to this place in both blocks of a pair; they count at the barrier of each."""
+    _run(
+        "{ .reg .b16 BOTH; mov.b16 BOTH, 3; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[{$r0}], [{$r1}], {$r2}, [{$r3}], BOTH; }",
+        target,
+        source,
+        Int32(size),
+        barrier,
+    )
+
+
 def bulk_store(target: Int64, source: Int32, size: int) -> None:
     _run("cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};", target, source, Int32(size))
 
