@@ -46,6 +46,8 @@ def services(root: Path) -> list[str]:
             problems.append(f"{name}: keeps privileges")
         if not re.search(r":(?!latest)[\w.-]+$", _filled(service["image"])):
             problems.append(f"{name}: image {service['image']} is not pinned")
+        if _filled(service["image"]).startswith("deepseek-v4-nvfp4:") and "build" not in service:
+            problems.append(f"{name}: compose would look for {_filled(service['image'])} in a registry")
         if not service.get("profiles"):
             problems.append(f"{name}: without a profile it starts with every other")
         for port in service.get("ports", ()):
@@ -142,7 +144,7 @@ def documented(root: Path, vllm_variables: set[str]) -> list[str]:
         if name not in vllm_variables | example(root).keys():
             problems.append(f"vLLM has no variable {name}")
     alerts = {rule["alert"] for rule in _rules(root)}
-    section = guide.partition("## Monitoring")[2].partition("\n## ")[0]
+    section = guide.partition("\n## Monitoring and alerts\n")[2].partition("\n## ")[0]
     listed = set(re.findall(r"^\| `([A-Z]\w*[a-z]\w*)` \|", section, re.MULTILINE))
     return problems + [f"alert {name} is in one of alerts.yml and docs/operations.md only" for name in alerts ^ listed]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from .tools import Tools
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where programs, engine and images lie; some 10 GB."""
     if os.environ.get("REQUIRE_CONTAINER_ENGINE") != "1":
         pytest.skip("takes minutes, root, 10 GB and Debian 12's archive: set REQUIRE_CONTAINER_ENGINE=1")
     assert os.geteuid() == 0, "REQUIRE_CONTAINER_ENGINE=1, but the tests do not run as root"
-    return tmp_path_factory.mktemp("containers")
+    directory = tmp_path_factory.mktemp("containers")
+    yield directory
+    shutil.rmtree(directory)  # pytest would keep it for three runs
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -113,4 +112,4 @@ class Engine:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         self._process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        subprocess.run(["rm", "-rf", str(self._directory)], check=True)

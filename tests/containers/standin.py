@@ -29,6 +29,7 @@ def make(engine: Engine, directory: Path) -> None:
     root = directory / "rootfs"
     engine.tools.check(
         *("mmdebstrap", "--quiet", "--variant=minbase", "--format=directory", f"--include={_PACKAGES}"),
+        *("--dpkgopt=force-unsafe-io", "--dpkgopt=path-exclude=/usr/share/doc/*"),
         *("bookworm", root, engine.tools.source),
     )
     engine.tools.check("chroot", root, "python3", "-m", "venv", "/opt/venv")

@@ -31,12 +31,6 @@ def gpu_image(engine: Engine, bases: None) -> str:
     return GPU_IMAGE
 
 
-@pytest.fixture(scope="module")
-def cpu_image(engine: Engine, bases: None) -> str:
-    engine.docker(*_build("cpu", CPU_IMAGE), REPOSITORY)
-    return CPU_IMAGE
-
-
 def _build(target: str, tag: str) -> list[str]:
     """``--network=none``: what the bases have must be enough."""
     return ["build", "--network=none", "--progress=plain", "--target", target, "--tag", tag]
@@ -83,24 +77,9 @@ def test_a_base_with_a_changed_vllm_does_not_build(engine: Engine, gpu_image: st
     assert result.returncode != 0 and file in result.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments, status, says",
-    [
-        (["/models/nothing"], 2, "/models/nothing is not a directory"),
-        (["/models/deepseek-v4-tiny", "-tp", "8", "--enable-expert-parallel"], 10, "expected 8.0 GiB"),
-    ],
-    ids=["no checkpoint", "too little shared memory"],
-)
-def test_the_container_ends_with_the_documented_code(
-    engine: Engine, cpu_image: str, arguments: list[str], status: int, says: str
-) -> None:
-    result = engine.docker("run", "--rm", "--network=none", cpu_image, *arguments, check=False)
-    assert (result.returncode, says in result.stdout) == (status, True), result.stdout
-
-
 @pytest.fixture(scope="module")
-def stack(engine: Engine, cpu_image: str) -> Iterator[list[dict]]:
-    """The CPU profile and Prometheus, up and healthy; the answers of the status service while it came up."""
+def stack(engine: Engine, bases: None) -> Iterator[list[dict]]:
+    """The CPU profile and Prometheus, built, up and healthy; the answers of the status service while it came up."""
     answers: list[dict] = []
     done = threading.Event()
 
@@ -131,6 +110,21 @@ def test_the_start_is_followed_from_outside(stack: list[dict]) -> None:
     assert all(rank["in_sight"] for answer in stack for rank in answer["ranks"]), (
         "the ranks' processes are out of sight"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments, status, says",
+    [
+        (["/models/nothing"], 2, "/models/nothing is not a directory"),
+        (["/models/deepseek-v4-tiny", "-tp", "8", "--enable-expert-parallel"], 10, "expected 8.0 GiB"),
+    ],
+    ids=["no checkpoint", "too little shared memory"],
+)
+def test_the_container_ends_with_the_documented_code(
+    engine: Engine, stack: list[dict], arguments: list[str], status: int, says: str
+) -> None:
+    result = engine.docker("run", "--rm", "--network=none", CPU_IMAGE, *arguments, check=False)
+    assert (result.returncode, says in result.stdout) == (status, True), result.stdout
 
 
 def test_a_chat_is_answered(engine: Engine, stack: list[dict]) -> None:
@@ -170,7 +164,7 @@ def test_a_dead_rank_is_named_and_the_server_restarted_without_compiling(engine:
     _wait(lambda: _inspect(engine, name)["RestartCount"] == 1, "the container was not restarted", 60)
     assert "Ending with status 11" in _compose(engine, "logs", "vllm-cpu")
     _wait(lambda: engine.fetch(f"{API}/health")[0] == 200, "the server did not come back", 300)
-    assert engine.fetch(f"{STATUS}/startupz")[0] == 200
+    _wait(lambda: engine.fetch(f"{STATUS}/startupz")[0] == 200, "the status service has not seen the new start", 30)
     changes = engine.docker("exec", name, *cache, "changes", "/tmp/before.json", check=False)
     assert changes.returncode == 0, f"the second start compiled:\n{changes.stdout}"
 

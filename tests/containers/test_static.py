@@ -72,6 +72,7 @@ BROKEN = [
     ("services", COMPOSE, "restart: unless-stopped", "restart: on-failure", "restart is on-failure"),
     ("services", COMPOSE, "cap_drop: [ALL]", "cap_drop: [MKNOD]", "keeps privileges"),
     ("services", COMPOSE, "prom/prometheus:v3.5.0", "prom/prometheus:latest", "not pinned"),
+    ("services", COMPOSE, "    build: *cpu-build\n", "", "in a registry"),
     ("services", COMPOSE, "profiles: [cpu]", "profiles: []", "without a profile"),
     ("services", COMPOSE, "${BIND_ADDRESS:-127.0.0.1}:${GRAFANA_PORT", "${GRAFANA_PORT", "open to the network"),
     ("servers", COMPOSE, "--max-num-seqs", "--max-seqs", "no flag --max-seqs"),
