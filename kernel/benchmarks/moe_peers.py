@@ -194,8 +194,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="results, rewritten after each batch size")
     parser.add_argument("--plot", type=Path, help="PNG; needs matplotlib")
     args = parser.parse_args()
-    if unknown := set(args.contenders) - set(CONTENDERS):
-        parser.error(f"unknown contenders {', '.join(sorted(unknown))}; choose from {', '.join(CONTENDERS)}")
+    if unknown := set(args.contenders) - {*LIMITS, *PEERS}:
+        parser.error(f"unknown contenders {', '.join(sorted(unknown))}; choose from {', '.join((*LIMITS, *PEERS))}")
     if not torch.cuda.is_available():
         print("moe_peers times GPU kernels and finds no CUDA device; cpu_moe.py measures CPUs", file=sys.stderr)
         return 2

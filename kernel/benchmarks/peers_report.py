@@ -7,6 +7,8 @@ from pathlib import Path
 
 from peers import PEERS
 
+BFLOAT16 = ("own exact", "own w4a16")
+
 
 def cells(rows: Sequence[dict]) -> dict[tuple[bool, int], dict[str, dict]]:
     """Rows by (skewed, tokens) and contender."""
@@ -31,7 +33,7 @@ def table(result: dict) -> str:
         line += [f"{row[name]['us']:.1f}" if name in row else "" for name in names]
         if own:
             best = min((row[name] for name in own), key=lambda r: r["us"])
-            ceiling = top["fp8_tflop_s" if best["contender"].endswith("w4a8") else "bf16_tflop_s"]
+            ceiling = top["bf16_tflop_s" if best["contender"] in BFLOAT16 else "fp8_tflop_s"]
             line += [f"{best['tb_s']:.2f}", f"{best['tb_s'] / top['copy_tb_s']:.2f}"]
             line += [f"{best['tflop_s']:.0f}", f"{best['tflop_s'] / ceiling:.2f}"]
             if peers:
