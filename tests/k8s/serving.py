@@ -162,6 +162,8 @@ def _arguments(pod: Pod, service: Object) -> Iterator[str]:
 def group(objects: list[Object]) -> Iterator[str]:
     """A LeaderWorkerSet's pods make one server: every rank once, one head, workers without an API."""
     for each in of_kind(objects, "LeaderWorkerSet"):
+        if each["metadata"]["name"] in {service["metadata"]["name"] for service in of_kind(objects, "Service")}:
+            yield f"Service/{each['metadata']['name']} stands where the controller makes one for the pods' DNS names"
         spec = each["spec"]["leaderWorkerTemplate"]
         leader, worker = pods([each])
         try:

@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 _POD = "spec.template.spec."
 _SERVER, _STATUS = _POD + "containers.server.", _POD + "initContainers.status."
 _LEADER, _WORKER = (f"spec.leaderWorkerTemplate.{role}Template.spec." for role in ("leader", "worker"))
-_SET, _LWS = "StatefulSet/deepseek-v4", "LeaderWorkerSet/deepseek-v4"
+_SET, _LWS = "StatefulSet/deepseek-v4", "LeaderWorkerSet/deepseek-v4-group"
 _API, _PAGE, _OUR = "Service/deepseek-v4", "Service/deepseek-v4-status", "deepseek-v4"
 _OTHER = {"app.kubernetes.io/name": "other"}
 
@@ -226,6 +226,7 @@ FAULTS = [
         serving.group,
         "init containers",
     ),
+    Fault("service's name", GROUP, _LWS, "metadata.name", _OUR, serving.group, "Service/deepseek-v4"),
     Fault("traffic", GROUP, f"NetworkPolicy/{_OUR}-group", "spec.egress", [], serving.group, "egress"),
 ]
 
