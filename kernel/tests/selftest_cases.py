@@ -81,13 +81,32 @@ class NoisyBackend:
 
     def _expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
         w = self.weights
-        x = oracle.quantize_activations(x, w.w13_input_scale[e].amax(), self.precision)
-        sums = torch.cat([x @ oracle.dequantized(w, e, half).T for half in (et.GATE, et.UP)], dim=-1)
+        first, second = oracle.of_projections(self.precision)
+        x = oracle.quantize_activations(x, w.w13_input_scale[e].amax(), first)
+        sums = torch.cat([x @ oracle.dequantized(w, e, half, first).T for half in (et.GATE, et.UP)], dim=-1)
         size = sums.square().mean(1, keepdim=True).sqrt()
         sums += torch.randn(sums.shape, generator=self.rng, dtype=torch.float64) * (self.noise * size)
         hidden = oracle.swiglu(sums, self.geometry.swiglu_limit)
-        hidden = oracle.quantize_activations(hidden, w.w2_input_scale[e], self.precision)
-        return hidden @ oracle.dequantized(w, e, et.DOWN).T
+        hidden = oracle.quantize_activations(hidden, w.w2_input_scale[e], second)
+        return hidden @ oracle.dequantized(w, e, et.DOWN, second).T
+
+
+class SizedBackend(NoisyBackend):
+    """Exact for few tokens, else with the second projection in E4M3; says so, or claims to be exact throughout."""
+
+    def __init__(self, geometry: MoEGeometry, honest: bool, seed: int) -> None:
+        super().__init__(geometry, "auto", 3e-4, seed)
+        self.honest = honest
+
+    def precision_at(self, tokens: int, num_experts: int):
+        return self._computed(tokens, num_experts) if self.honest else "w4a16"
+
+    def _computed(self, tokens: int, num_experts: int):
+        return ("w4a16", "w8a8") if tokens * self.geometry.top_k / num_experts >= 1 else "w4a16"
+
+    def forward(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
+        self.precision = self._computed(len(x), len(expert_map))
+        super().forward(x, topk_ids, topk_weights, expert_map, out, workspace)
 
 
 def up_scale_wrong(w: ExpertWeights) -> None:

@@ -21,7 +21,7 @@ pytestmark = MARKS
 # Against an oracle that rounds alike. What remains: bf16, wgmma's sums of e4m3, the roundings that these tip over.
 ALIKE, ALIKE_WORST = 0.02, 0.08
 # Against exact activations and weights: both projections in e4m3, and the second alone.
-BUDGET = {"w4a8": 0.065, "second": 0.05}
+BUDGET = {"w4a8": 0.07, "second": 0.05}
 MODES = {"w4a8": (0.0, 0.0), "second": (backend.NEVER, 0.0), "first": (0.0, backend.NEVER)}
 
 

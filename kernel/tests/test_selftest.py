@@ -55,6 +55,14 @@ def test_a_right_kernel_passes_with_the_noise_that_the_budget_allows(rng, precis
     assert worst * ROOM < 1
 
 
+def test_a_backend_is_judged_by_the_precision_it_chose_for_a_batch(rng):
+    case = Case(rng)
+    report = case.report(backend=cases.SizedBackend(GEOMETRY, True, case.seed))
+    assert not report.failures
+    assert {m.precision for m in report.measurements} >= {"w4a16+w8a8"}
+    assert case.report(backend=cases.SizedBackend(GEOMETRY, False, case.seed)).failures
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("fault", cases.WEIGHT_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_in_the_weights_fails(rng, fault, precision):

@@ -104,7 +104,8 @@ def dequantize(
         return nvfp4.dequantize(packed, block_scale, global_scale, torch.float64)
     # An eighth of value * block scale is at most 6 * 448 / 8 = 336 and so never saturates.
     folded = nvfp4.dequantize(packed, block_scale, torch.full_like(global_scale, 0.125), torch.float32)
-    return folded.to(torch.float8_e4m3fn).double() * 8 * global_scale.double()
+    over_rows = global_scale.double().reshape(global_scale.shape + (1,) * (packed.ndim - global_scale.ndim))
+    return folded.to(torch.float8_e4m3fn).double() * 8 * over_rows
 
 
 def swiglu(gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
