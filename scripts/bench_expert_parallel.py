@@ -110,15 +110,14 @@ class Bench:
         a = self.a
         geometry = whole_model.pro(EXPERTS[len(gpus)], a.layers)
         model = whole_model.write(a.logs / f"whole-{len(gpus)}", geometry)
-        found: dict = {
+        found = self.report.partial(f"{side}, whole model")
+        found |= {
             "layers": geometry.layers, "experts": geometry.experts_count, "ranks": len(gpus),
             "expert_gib_a_rank": whole_model.expert_bytes(geometry, len(gpus)) / 2**30, "decode": [],
         }  # fmt: skip
         extra = ["--load-format", "dummy"]
         running = self.server(side, f"whole-{len(gpus)}", model, gpus, extra, [whole_model.PLUGIN])
         before = caches.snapshot(a.caches / side)
-        made = self.report.data["stages"][f"{side}, whole model"]
-        made["partial"] = found  # what there is if the stage is cut off
         with running:
             running.start(max(1.0, self.left()))
             found |= running.facts()
@@ -137,7 +136,6 @@ class Bench:
             found["answers_differ_from_themselves"] = self._sanity(running, side)
             found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(a.caches / side)))
             found |= running.facts()
-        made.pop("partial")
         return found
 
     def _sanity(self, running: Server, side: str) -> dict:

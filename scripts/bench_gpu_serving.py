@@ -78,9 +78,11 @@ def vllm_bench(running: Server, model: Path, setting: tuple[int, int, int, int],
 class Side:
     """One of the two vLLMs: everything that is measured of it."""
 
-    def __init__(self, name: str, site: Path | None, gpu: int | None, arguments: argparse.Namespace) -> None:
-        self.name, self.site, self.gpu, self.arguments = name, site, gpu, arguments
-        self.root = arguments.caches / name
+    def __init__(
+        self, name: str, site: Path | None, gpu: int | None, a: argparse.Namespace, made: report.Report
+    ) -> None:
+        self.name, self.site, self.gpu, self.arguments, self.report = name, site, gpu, a, made
+        self.root = a.caches / name
         self.answers: dict[str, list] | None = None
         self.driven: list = []  # what the first start was warmed with
 
@@ -96,30 +98,33 @@ class Side:
     def first_start(self) -> dict:
         """Caches as they are, empty or kept: start, warm, compare with itself, measure; in bfloat16, as stock does."""
         a = self.arguments
+        found = self.report.partial(f"{self.name}, first start")
         before = caches.snapshot(self.root)
         with self.server("first", "w4a16") as running:
             running.start(a.timeout)
             ready = caches.snapshot(self.root)
-            found = {"phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))}
+            found["phases"] = start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))
             found["files_until_ready"] = caches.by_compiler(caches.changed(before, ready))
+            found.update(running.facts())
             groups = plan(a.batched_tokens, a.sequences, a.length)
             found["warm"] = drive(running.base_url, groups, 0, a.warm_seconds)
             self.driven = groups[: found["warm"]["groups"]]
             found["files_after_ready"] = caches.by_compiler(caches.changed(ready, caches.snapshot(self.root)))
             self.answers = compare.answers(running.base_url)
             found["itself"] = compare.difference(compare.answers(running.base_url), self.answers)
-            found["bench"] = self.bench(running)
+            self.bench(running, found)
             return found | running.facts()
 
-    def bench(self, running: Server) -> dict:
+    def bench(self, running: Server, found: dict) -> None:
         """``vllm bench serve`` at every setting, after requests of its shapes, so that no compilation is measured."""
-        a, found = self.arguments, {}
+        a = self.arguments
+        measured = found["bench"] = {}
         for name, setting in a.settings.items():
             inputs, outputs, _, at_once = setting
             client.decode(running.base_url, at_once, inputs, outputs)
             out = a.logs / f"{running.label}-{name}.json"
-            found[name] = vllm_bench(running, a.model, setting, out, a.bench_flags)
-        return found
+            measured[name] = vllm_bench(running, a.model, setting, out, a.bench_flags)
+            self.report.write()
 
     def second_start(self) -> dict:
         """With the caches of the first: what is compiled until ready, and by requests of every shape after it.
@@ -127,15 +132,18 @@ class Side:
         This project's kernels choose their precision, and are measured again with it.
         """
         a = self.arguments
+        found = self.report.partial(f"{self.name}, second start")
         before = caches.snapshot(self.root)
         with self.server("second", "auto") as running:
             running.start(a.timeout)
-            found = {"phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))}
+            found["phases"] = start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))
+            found.update(running.facts())
             found["warm"] = drive(running.base_url, self.driven, 1)
             found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(self.root)))
+            found.update(running.facts())
             if self.name == OWN:
-                found["bench"] = self.bench(running)
-            return found | running.facts()
+                self.bench(running, found)
+            return dict(found)
 
 
 def judge(data: dict, sides: list[str]) -> list[str]:
@@ -143,14 +151,14 @@ def judge(data: dict, sides: list[str]) -> list[str]:
     wrong = []
     for name in sides:
         first = report.result(data, f"{name}, first start")
-        if first is None:
+        if not first or "itself" not in first:
             wrong.append(f"{name}: nothing was measured")
             continue
         if first["moe_backend"] != EXPECTED[name]:
             wrong.append(f"{name}: the log names {first['moe_backend']}, expected {EXPECTED[name]}")
         wrong += [f"{name} against itself: {fault}" for fault in compare.faults(first["itself"])]
     second = report.result(data, f"{OWN}, second start")
-    if OWN in sides and (second is None or second["files"] or second["compiled_while_serving"]):
+    if OWN in sides and (not second or "files" not in second or second["files"] or second["compiled_while_serving"]):
         wrong.append(
             "own: the second start compiled, see its files and compiled_while_serving"
             if second
@@ -256,7 +264,7 @@ def main() -> int:
     made = report.Report(a.json, render)
     made.data["settings"] = list(a.settings)
     sites = {OWN: a.own_site, STOCK: a.stock_site}
-    run = [Side(name, sites[name], gpu, a) for name, gpu in zip(sides, gpus, strict=True)]
+    run = [Side(name, sites[name], gpu, a, made) for name, gpu in zip(sides, gpus, strict=True)]
 
     def both(side: Side) -> None:
         made.stage(f"{side.name}, first start", side.first_start)

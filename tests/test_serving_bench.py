@@ -305,3 +305,75 @@ def test_the_plugin_is_found_by_its_folder():
     environment = {**os.environ, "PYTHONPATH": str(whole_model.PLUGIN)}
     printed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout
     assert "random_weights:install" in printed
+
+
+def test_what_a_failed_stage_had_is_kept(tmp_path):
+    made = report.Report(tmp_path / "r.json", lambda data: "")
+
+    def fails():
+        made.partial("stage")["ready_s"] = 3.0
+        raise ServerError("gone")
+
+    made.stage("stage", fails)
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert report.result(stored, "stage", "ready_s") == 3.0
+    assert stored["stages"]["stage"]["error"] == "ServerError: gone"
+    made.stage("whole", lambda: made.partial("whole") | {"a": 1})
+    assert "partial" not in json.loads((tmp_path / "r.json").read_text())["stages"]["whole"]
+
+
+def side_of(tmp_path, monkeypatch, server):
+    arguments = type("Arguments", (), {})()
+    arguments.caches, arguments.logs, arguments.model = tmp_path / "caches", tmp_path, tmp_path / "model"
+    arguments.timeout, arguments.warm_seconds, arguments.bench_flags = 30, 60, ""
+    arguments.batched_tokens, arguments.sequences, arguments.length = 64, 2, 2048
+    arguments.settings = {"decode-heavy": (16, 4, 4, 2)}
+    made = report.Report(tmp_path / "r.json", bench_gpu_serving.render)
+    made.data["settings"] = ["decode-heavy"]
+    side = bench_gpu_serving.Side("own", None, None, arguments, made)
+    monkeypatch.setattr(bench_gpu_serving.Side, "server", lambda *_: server)
+    server.environment["MEGA_MOE_STATUS_DIR"] = str(tmp_path)
+    return side, made
+
+
+def test_both_starts_of_a_side_and_a_benchmark_that_fails(tmp_path, monkeypatch):
+    bench = {"output_throughput": 9.0}
+    monkeypatch.setattr(bench_gpu_serving, "vllm_bench", lambda *_: bench)
+    side, made = side_of(tmp_path, monkeypatch, fake(tmp_path))
+    made.stage("own, first start", side.first_start)
+    made.stage("own, second start", side.second_start)
+    assert not made.failed(), made.data
+    assert report.result(made.data, "own, second start", "bench", "decode-heavy") == bench
+    assert report.result(made.data, "own, second start", "files") == {}
+    # The stand-in logs a compilation in every start.
+    assert bench_gpu_serving.judge(made.data, ["own"]) == [
+        "own: the second start compiled, see its files and compiled_while_serving"
+    ]
+
+    def broken(*_):
+        raise ServerError("vllm bench serve ended with status 1")
+
+    monkeypatch.setattr(bench_gpu_serving, "vllm_bench", broken)
+    made.stage("own, first start", side.first_start)
+    assert report.result(made.data, "own, first start", "itself", "mean") == 0.0
+    assert "| own against itself | 0 |" in (tmp_path / "r.md").read_text()
+
+
+def test_the_whole_model_is_measured_step_by_step(tmp_path, monkeypatch):
+    arguments = type("Arguments", (), {"minutes": 5, "layers": 2, "caches": tmp_path, "logs": tmp_path})()
+    monkeypatch.setattr(bench_expert_parallel.Bench, "server", lambda *_, **__: server)
+    monkeypatch.setattr(bench_expert_parallel, "SEQUENCES", (1, 3))
+    monkeypatch.setattr(bench_expert_parallel, "PREFILL_TOKENS", 1000)
+    server = fake(tmp_path)
+    server.environment["MEGA_MOE_STATUS_DIR"] = str(tmp_path)
+    made = report.Report(tmp_path / "r.json", expert_parallel_report.render)
+    bench_expert_parallel.Bench(arguments).run(["whole-own"], [0], made)
+    found = report.result(made.data, "own, whole model")
+    assert not made.failed(), made.data
+    assert [d["sequences"] for d in found["decode"]] == [1, 3]
+    assert found["layers"] == 2
+    assert "ms per output token, 3 sequences" in (tmp_path / "r.md").read_text()
+    arguments.minutes = 0
+    bench_expert_parallel.Bench(arguments).run(["whole-own", "few-one"], [0], made)
+    assert "of the budget were left" in made.data["stages"]["one GPU, few layers"]["skipped"]
+    assert report.result(made.data, "own, whole model") == found

@@ -40,9 +40,15 @@ class Report:
             traceback.print_exc()
         with self._lock:
             entry |= outcome | {"seconds": round(time.monotonic() - began, 1)}
+            if "result" in outcome:
+                entry.pop("partial", None)
         self.write()
         print(f"[bench] {name}: {entry.get('error') or 'done'} after {entry['seconds']} s", flush=True)
         return entry.get("result")
+
+    def partial(self, name: str) -> dict:
+        """What a running stage has so far, for it to fill: kept in the report if the stage fails or is cut off."""
+        return self.data["stages"][name].setdefault("partial", {})
 
     def skip(self, name: str, why: str) -> None:
         """Record that a stage was not run."""
@@ -68,8 +74,9 @@ class Report:
 
 
 def result(data: dict, stage: str, *keys: str) -> object | None:
-    """A value in a stage's result, or None where it is missing."""
-    value = data["stages"].get(stage, {}).get("result")
+    """A value in a stage's result, or in what a failed stage has, or None where it is missing."""
+    found = data["stages"].get(stage, {})
+    value = found.get("result", found.get("partial"))
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
