@@ -155,6 +155,18 @@ def test_the_same_name_and_seed_give_the_same_test(rng):
     assert first.measurements != other.measurements
 
 
+def test_a_loaders_default_type_and_device_change_nothing(rng):
+    case = Case(rng)
+    expected = case.report("w4a4").measurements
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            report = case.report("w4a4")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report.measurements == expected
+
+
 def test_weights_are_read_before_they_are_prepared(rng):
     case = Case(rng)
 

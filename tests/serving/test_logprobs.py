@@ -48,7 +48,8 @@ def test_squared_routing_weights_are_rejected(
     directory: Path, checkpoint: Path, expected: dict[int, list[float]], squaring_plugin: dict[str, str]
 ) -> None:
     log = directory / "squared.log"
-    difference = mean_difference(served(checkpoint, log, environment=squaring_plugin), expected[300])
+    environment = squaring_plugin | {"MEGA_MOE_LAYER_TEST": "off"}  # which would not let it serve
+    difference = mean_difference(served(checkpoint, log, environment=environment), expected[300])
     assert "routing weights are squared" in log.read_text(), "the fault was not planted"
     print(f"mean |difference| with squared routing weights: {difference:.4f}")
     assert difference > TOLERANCE

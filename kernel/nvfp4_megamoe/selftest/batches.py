@@ -49,11 +49,11 @@ def make_batches(
     own = sum(tokens)
     mixed = MIXED_TOKENS + 1 if compared else 0
     routed = _elsewhere(geometry, expert_map, own + mixed + len(ids), rng)
-    weights = torch.rand(routed.shape, generator=rng) + 0.5
+    weights = torch.rand(routed.shape, generator=rng, dtype=torch.float32) + 0.5
     rows = torch.cat([torch.arange(own), torch.arange(own + mixed, len(routed))])
     routed[rows, rows % top_k] = single
     weights[rows, rows % top_k] = 1.0
-    mixed_weights = torch.zeros((mixed, len(compared)))
+    mixed_weights = torch.zeros((mixed, len(compared)), dtype=torch.float32)
     for row in range(mixed - 1):
         chosen = torch.randperm(len(compared), generator=rng)[:top_k]
         slots = torch.randperm(top_k, generator=rng)[: len(chosen)]
@@ -76,6 +76,6 @@ def _elsewhere(
     ids = torch.full((tokens, geometry.top_k), -1, dtype=torch.int32)
     count = min(len(others), geometry.top_k)
     if count:
-        chosen = torch.rand((tokens, len(others)), generator=rng).topk(count).indices
+        chosen = torch.rand((tokens, len(others)), generator=rng, dtype=torch.float32).topk(count).indices
         ids[:, :count] = others[chosen].to(torch.int32)
     return ids

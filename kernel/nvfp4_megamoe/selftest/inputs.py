@@ -39,13 +39,15 @@ def expert_tokens(gate: torch.Tensor, up: torch.Tensor, limit: float | None, rng
     blocks *= min(_PREACTIVATION, bound / 4) / (size * blocks.square().mean(1, keepdim=True).sqrt())
     parts = [blocks, _row_tokens(gate, up, min(_ALIGNED, bound / 2), rng)]
     if limit is not None:
-        parts.append(torch.randn((CLAMP_TOKENS, hidden), generator=rng).to(device) * (limit / size))
+        parts.append(_gaussian(CLAMP_TOKENS, hidden, rng).to(device) * (limit / size))
     return torch.cat(parts).bfloat16()
 
 
 def plain_tokens(size: torch.Tensor, count: int, hidden: int, rng: torch.Generator) -> torch.Tensor:
     """Gaussian tokens, bfloat16 [count, H], for weights of row norm ``size``."""
-    return (torch.randn((count, hidden), generator=rng).to(size.device) * (_PREACTIVATION / 2 / size)).bfloat16()
+    return (
+        torch.randn((count, hidden), generator=rng, dtype=torch.float32).to(size.device) * (_PREACTIVATION / 2 / size)
+    ).bfloat16()
 
 
 def probe_values(size: torch.Tensor, columns: int, rng: torch.Generator) -> torch.Tensor:
@@ -56,7 +58,7 @@ def probe_values(size: torch.Tensor, columns: int, rng: torch.Generator) -> torc
         columns: number of non-zero columns.
         rng: on the CPU.
     """
-    values = torch.randn((len(size), columns), generator=rng).to(size.device)
+    values = _gaussian(len(size), columns, rng).to(size.device)
     return (values * (_PREACTIVATION / size.float())[:, None]).bfloat16()
 
 
@@ -66,12 +68,17 @@ def row_norm(*weights: torch.Tensor) -> torch.Tensor:
     return torch.where(size == 0, 1.0, size)
 
 
+def _gaussian(rows: int, columns: int, rng: torch.Generator) -> torch.Tensor:
+    """float32, whatever the default type is: loaders change it."""
+    return torch.randn((rows, columns), generator=rng, dtype=torch.float32)
+
+
 def _block_tokens(hidden: int, rng: torch.Generator) -> torch.Tensor:
     blocks = hidden // BLOCK
     own = torch.arange(blocks) % BLOCK_TOKENS == torch.arange(BLOCK_TOKENS)[:, None]
-    others = torch.exp2(-1 - 3 * torch.rand((BLOCK_TOKENS, blocks), generator=rng))
-    gains = torch.where(own, 1.0, others).repeat_interleave(BLOCK, dim=1)
-    return torch.randn((BLOCK_TOKENS, hidden), generator=rng) * gains
+    others = torch.exp2(-1 - 3 * torch.rand((BLOCK_TOKENS, blocks), generator=rng, dtype=torch.float32))
+    gains = torch.where(own, torch.ones_like(others), others).repeat_interleave(BLOCK, dim=1)
+    return _gaussian(BLOCK_TOKENS, hidden, rng) * gains
 
 
 def _row_tokens(gate: torch.Tensor, up: torch.Tensor, target: float, rng: torch.Generator) -> torch.Tensor:

@@ -72,10 +72,11 @@ class LayerTest:
         self.name, self.geometry, self.backend, self.expert_map = name, geometry, backend, expert_map
         self._device = weights.w13.device
         rng = torch.Generator().manual_seed(zlib.crc32(f"{name} {self.options.seed}".encode()))
-        self._compared = self._choose(weights.num_experts, rng)
         self.expert_ids = _global_ids(weights.num_experts, expert_map)
-        if self.expert_ids:
-            self._reference(weights, rng)
+        with torch.device("cpu"):  # a loader may have set another default, which the generator would not fit
+            self._compared = self._choose(weights.num_experts, rng)
+            if self.expert_ids:
+                self._reference(weights, rng)
         self._seconds = time.perf_counter() - started
 
     def run(self, layer: Layer) -> LayerReport:

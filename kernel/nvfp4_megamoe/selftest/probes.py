@@ -64,7 +64,7 @@ def make_probes(
 
 def _choose(experts: int, of: int, count: int, rng: torch.Generator) -> torch.Tensor:
     """int64 [experts, count], different numbers below ``of`` for each expert."""
-    return torch.rand((experts, of), generator=rng).topk(min(count, of)).indices
+    return torch.rand((experts, of), generator=rng, dtype=torch.float32).topk(min(count, of)).indices
 
 
 def _columns(

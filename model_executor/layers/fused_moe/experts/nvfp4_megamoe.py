@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, kNvfp4Dynamic, kNvfp4Static
-from vllm.model_executor.nvfp4 import bisect, parameters
+from vllm.model_executor.nvfp4 import bisect, fallback, layer_gate, parameters
 
 logger = init_logger(__name__)
 
@@ -35,6 +35,12 @@ def _geometry(config: FusedMoEConfig) -> MoEGeometry:
 def _precision() -> str | None:
     """The precision asked for with MEGA_MOE_PRECISION, or None for the backend's own choice."""
     value = os.environ.get("MEGA_MOE_PRECISION", "auto")
+    return None if value == "auto" else value
+
+
+def _backend() -> str | None:
+    """The only backend to consider, named with MEGA_MOE_BACKEND, or None for the automatic choice."""
+    value = os.environ.get("MEGA_MOE_BACKEND", "auto")
     return None if value == "auto" else value
 
 
@@ -69,7 +75,11 @@ class Nvfp4MegaMoEExperts(mk.FusedMoEExpertsModular):
         )
         if not supported:
             return False, reason
-        reason = select.unsupported_reason(_geometry(moe_config), torch.device(moe_config.device), _precision())
+        geometry, device = _geometry(moe_config), torch.device(moe_config.device)
+        reason = select.unsupported_reason(geometry, device, _precision(), _backend())
+        if reason is None:
+            serving = (_backend(), _precision())
+            fallback.refuse_impossible(geometry, moe_config, serving, weight_key, activation_key)
         return reason is None, reason
 
     @staticmethod
@@ -112,11 +122,14 @@ class Nvfp4MegaMoEExperts(mk.FusedMoEExpertsModular):
         )
         weights.validate(layer.layer_name)
         geometry = _geometry(self.moe_config)
-        backend = select.select(geometry, weights.w13.device, _precision())
+        backend = select.select(geometry, weights.w13.device, _precision(), _backend())
+        bisect.log_layer(layer.layer_name, weights)
         self.layer_name = layer.layer_name
-        self.layer = MoELayer(geometry, weights, backend)
+        self.layer = layer_gate.prepare(layer, geometry, weights, backend)
+        if self.layer is None:
+            return  # a backend of vLLM's own has taken this object's place
+        backend = self.layer.backend
         logger.info_once("NVFP4 experts run on nvfp4_megamoe: backend %s, %s", backend.name, backend.precision)
-        bisect.log_layer(self.layer_name, weights)
 
     def workspace_shapes(
         self,
