@@ -37,6 +37,8 @@ from .status_file import StatusFile
 
 if TYPE_CHECKING:
     import torch
+    from nvfp4_megamoe.checkpoint.read_plan import ReadPlan
+    from nvfp4_megamoe.checkpoint.reader import ReadCounters
     from vllm.config import VllmConfig
 
 __all__ = ["CAPTURE", "COMPILE", "KV_CACHE", "LAYER_TEST", "MODEL", "PREPARE", "READY", "START", "STOPPED", "STOPPING"]
@@ -115,6 +117,13 @@ def read_weights(
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Count (name, tensor) pairs read from ``files``; weights of experts not in ``local_expert_ids`` are not read."""
     return weights if _reporter is None else _reporter.read_weights(weights, files, local_expert_ids)
+
+
+def stream_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], plan: ReadPlan, counters: ReadCounters
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """Count (name, tensor) pairs of ``plan`` that a reader fetches ahead, and what it has fetched."""
+    return weights if _reporter is None else _reporter.stream_weights(weights, plan, counters)
 
 
 def prepare_modules(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterable[tuple[str, torch.nn.Module]]:

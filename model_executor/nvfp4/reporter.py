@@ -9,11 +9,13 @@ import re
 import resource
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from nvfp4_megamoe.checkpoint.read_plan import ReadPlan
+    from nvfp4_megamoe.checkpoint.reader import ReadCounters
 
     from .status_file import StatusFile
 
@@ -40,9 +42,12 @@ _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 class Record:
-    """One phase: when it began (Unix time), how long it took (s), and what it has done of what it has to do."""
+    """One phase: when it began (Unix time), how long it took (s), and what it has done of what it has to do.
 
-    __slots__ = ("done", "name", "rate", "seconds", "started", "total")
+    ``skipped`` is what this rank leaves to others.
+    """
+
+    __slots__ = ("done", "name", "rate", "seconds", "skipped", "started", "total")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -51,6 +56,7 @@ class Record:
         self.done = {"tensors": 0, "layers": 0, "bytes": 0}
         self.total: dict[str, int] = {}
         self.rate: dict[str, float] = {}
+        self.skipped: dict[str, int] = {}
 
     def add(self, **amounts: int) -> None:
         """Count ``amounts`` of tensors, layers or bytes as done."""
@@ -76,6 +82,7 @@ class Reporter:
         self._rates_from: dict[str, dict[str, int]] = {}
         self._current = self.record(START)
         self._uncounted = 0
+        self._refresh: Callable[[], None] | None = None
         file.run(self.state)
 
     def record(self, name: str) -> Record:
@@ -127,6 +134,40 @@ class Reporter:
         upload.done = done = read.done
         self._uncounted += 1
         self.file.submit(lambda: self._count(files, local_expert_ids))
+        yield from self._alternate(weights, read, upload)
+        if not self._uncounted:
+            for record in (read, upload):
+                record.total = {unit: done[unit] for unit in record.total}
+
+    def stream_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], plan: ReadPlan, counters: ReadCounters
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``weights`` that a reader fetches ahead: READ's amounts are what it has fetched, UPLOAD's what came.
+
+        Time inside the iterator, which is waiting for the reader, is READ; time at the consumer is UPLOAD.
+        """
+        read, upload = self.record(READ), self.record(UPLOAD)
+        for record in (read, upload):
+            record.expect(tensors=plan.tensors, bytes=plan.tensor_bytes)
+        read.skipped = {"tensors": plan.skipped_tensors, "bytes": plan.skipped_bytes}
+        before = dict(read.done)
+
+        def refresh() -> None:
+            read.done["tensors"] = before["tensors"] + counters.tensors
+            read.done["bytes"] = before["bytes"] + counters.tensor_bytes
+
+        self._refresh = refresh
+        try:
+            yield from self._alternate(weights, read, upload)
+        finally:
+            refresh()
+            self._refresh = None
+
+    def _alternate(
+        self, weights: Iterable[tuple[str, torch.Tensor]], read: Record, upload: Record
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``weights``: time in the iterator goes to ``read``, time at the consumer and amounts to ``upload``."""
+        done = upload.done
         clock = time.perf_counter
         outer = self.switch(read)
         self.file.write()
@@ -136,8 +177,9 @@ class Reporter:
                 read.seconds += now - self._since
                 self._since = now
                 self._current = upload
+                size = item[1].nbytes
                 yield item
-                done["bytes"] += item[1].nbytes
+                done["bytes"] += size
                 done["tensors"] += 1
                 if not done["tensors"] % WRITE_EVERY:
                     self.file.write()
@@ -145,9 +187,6 @@ class Reporter:
                 upload.seconds += now - self._since
                 self._since = now
                 self._current = read
-            if not self._uncounted:
-                for record in (read, upload):
-                    record.total = {unit: done[unit] for unit in record.total}
         finally:
             # A generator closed late, by the garbage collector, must not disturb the phase that runs then.
             if self._current is read or self._current is upload:
@@ -171,6 +210,8 @@ class Reporter:
 
     def state(self) -> dict[str, Any]:
         """What the file says beside who this process is: see docs/startup.md."""
+        if (refresh := self._refresh) is not None:
+            refresh()
         now = time.perf_counter()
         current, span = self._current, now - self._since
         if now - self._rates_at >= RATE_WINDOW_S:
@@ -179,7 +220,8 @@ class Reporter:
         for record in list(self.records.values()):
             seconds = record.seconds + (span if record is current else 0.0)
             phase = {"name": record.name, "started": record.started, "seconds": round(seconds, 3)}
-            phases.append(phase | {"done": record.done, "total": record.total, "rate": record.rate})
+            phase |= {"done": record.done, "total": record.total, "rate": record.rate}
+            phases.append(phase | ({"skipped": record.skipped} if record.skipped else {}))
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = time.process_time() + children.ru_utime + children.ru_stime
         return {"phase": current.name, "error": self.error, "cpu_s": round(cpu, 3), "phases": phases}

@@ -34,6 +34,12 @@ def edited(source: Path, target: Path, edit: Callable[[Tensors], None]) -> Path:
     return target
 
 
+def is_of_rank(name: str, rank: int, ranks: int, experts: int = 64) -> bool:
+    """Whether rank ``rank`` of ``ranks`` needs the tensor ``name``: all but the experts of other ranks."""
+    _, found, rest = name.partition(".ffn.experts.")
+    return not found or int(rest.split(".")[0]) * ranks // experts == rank
+
+
 def swap_nibbles(tensors: Tensors) -> None:
     """Exchange the two codes of every byte of the routed experts."""
     for name, tensor in tensors.items():

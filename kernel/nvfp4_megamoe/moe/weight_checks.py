@@ -31,7 +31,9 @@ _BLOCK_FAULTS = (
 def first_fault(
     packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, input_scale: torch.Tensor
 ) -> Fault | None:
-    """Check the values of one projection of every expert; waits for the device once.
+    """Check the values of one projection of every expert; waits for the device once, and again if a scale is odd.
+
+    Codes are read only of experts that have a block scale which is not a positive number.
 
     Args:
         packed: uint8 [E, N, K / 2], K a multiple of 16, rows contiguous and 8-byte aligned.
@@ -42,12 +44,18 @@ def first_fault(
     Returns:
         The first expert's fault, or None. Scratch memory: less than twice the packed bytes of one expert.
     """
-    scalars = torch.stack((global_scale, input_scale)).float()
-    blocks = [_count(packed[e], block_scale[e]) for e in range(packed.shape[0])]
-    if not blocks:
+    if not packed.shape[0]:
         return None
-    counts, scalars = torch.stack(blocks).cpu(), scalars.cpu()
+    scalars = torch.stack((global_scale, input_scale)).float()
+    bits = block_scale.view(torch.uint8)
+    ends = torch.stack([torch.stack(bits[e].aminmax()) for e in range(packed.shape[0])]).cpu()
+    scalars = scalars.cpu()
     bad_scalars = ~(scalars.isfinite() & (scalars > 0))
+    counts = torch.zeros(packed.shape[0], len(_BLOCK_FAULTS), dtype=torch.int64)
+    # Bit patterns of positive numbers are those from 1 to 0x7E.
+    odd = ((ends[:, 0] == 0) | (ends[:, 1] >= _NAN)).nonzero().flatten().tolist()
+    if odd:
+        counts[odd] = torch.stack([_count(packed[e], block_scale[e]) for e in odd]).cpu()
     bad = counts.any(1) | bad_scalars.any(0)
     if not bad.any():
         return None
