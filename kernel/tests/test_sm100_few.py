@@ -150,4 +150,4 @@ def test_second_gemm_with_a_wrong_alpha_of_one_expert(batch):
     case.parameters.second[1, 0] *= 1.25
     rows, _ = gemm2(case, *images, "gemm2_few16", 1)
     case.parameters.second.copy_(kept)
-    assert metrics.relative_l2(sum_slots(case, rows), expected_output(case)) > 10 * GEMM2_LIMIT
+    assert metrics.relative_l2(sum_slots(case, rows), expected_output(case)) > 2 * GEMM2_LIMIT
