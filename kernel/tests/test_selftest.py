@@ -8,6 +8,7 @@ import pytest
 import selftest_cases as cases
 import torch
 from moe_cases import Float32Backend
+from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 from nvfp4_megamoe.selftest import LayerTest, Options
 from nvfp4_megamoe.selftest.judge import CALC_DIFF, COLUMN, NORM, PROBE, ROW
@@ -146,6 +147,36 @@ def test_what_is_compared(rng):
     assert tokens[:2] == [1, 8] and tokens[-1] == 2048 and len(tokens) == 5
     rows = sorted({m.tokens for m in case.report().measurements})
     assert rows[1] >= 2 * 288, "each compared expert must fill more than a tile of 256"
+
+
+class ByBatch(NoisyBackend):
+    """W4A16 for few tokens, W4A8 for the second projection of many, where it may be wrong."""
+
+    factor = 1.0
+
+    def precision_at(self, tokens, num_experts):
+        assert num_experts == GEOMETRY.num_experts
+        return ("w4a16", "w4a16") if tokens < 1500 else ("w4a16", "w4a8")
+
+    def _expert(self, e, x):
+        first, second = self.now
+        w, limit = self.weights, self.geometry.swiglu_limit
+        out = oracle.expert_stages(w, e, x, limit, (first, second)).out
+        return out * (self.factor if second == "w4a8" else 1.0)
+
+    def forward(self, x, *arguments):
+        self.now = self.precision_at(len(x), GEOMETRY.num_experts)
+        super().forward(x, *arguments)
+
+
+def test_every_precision_that_a_backend_chooses_by_size_is_tested(rng):
+    case = Case(rng)
+    backend = ByBatch(GEOMETRY, "w4a16", 0.0, 0)
+    report = case.report(backend=backend)
+    assert report.passed
+    assert {(m.precision, m.tokens) for m in report.measurements if m.tokens > 1500} == {("w4a16+w4a8", 4096)}
+    backend.factor = 1.25
+    assert {m.tokens for m in case.report(backend=backend).failures} == {4096}
 
 
 def test_the_same_name_and_seed_give_the_same_test(rng):

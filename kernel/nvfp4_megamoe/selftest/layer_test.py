@@ -23,7 +23,9 @@ from nvfp4_megamoe.selftest.batches import Batches, make_batches
 from nvfp4_megamoe.selftest.judge import judge_probes, judge_rows
 from nvfp4_megamoe.selftest.limits import Limits, limits_for
 from nvfp4_megamoe.selftest.probes import Probes, make_probes
-from nvfp4_megamoe.selftest.report import LayerReport, Measurement
+from nvfp4_megamoe.selftest.report import ROUTING, LayerReport, Measurement
+
+_SIZES_OF_PRECISIONS = (1, 64, 256, 1024, 4096, 8192)
 
 # A MoELayer, or another function of (x, topk_ids, topk_weights, expert_map, out) that returns out.
 Layer = Callable[..., torch.Tensor]
@@ -35,7 +37,7 @@ class Options:
 
     experts: local experts compared in full, the last one always among them; None for all. seed: of tokens and of the
     choice of experts, together with the layer's name. all_sizes: run batches of 1, 8 and 2048 tokens as well, so that
-    a backend's choice of kernel by the number of tokens is covered.
+    a backend's choice of kernel by the number of tokens is covered; the precisions that it chooses between always are.
     """
 
     experts: int | None = 2
@@ -108,7 +110,7 @@ class LayerTest:
         self._batches: Batches = make_batches(
             g, compared, self.expert_ids, [len(part) for part in tokens], self.expert_map, self._sizes(), rng
         )
-        precisions = tuple(dict.fromkeys(self._precision(len(index)) for index in self._batches.indices))
+        precisions = self._cover_precisions()
         self._probes: Probes = make_probes(weights, g.swiglu_limit, precisions, rng)
         self._tokens = torch.cat([*tokens, *([] if mixed is None else [mixed]), self._probes.tokens])
         self._expected = {precision: [] for precision in precisions}
@@ -122,6 +124,15 @@ class LayerTest:
 
     def _sizes(self) -> tuple[int, ...]:
         return (1, 8, 2048) if self.options.all_sizes else ()
+
+    def _cover_precisions(self) -> tuple[oracle.Precision | tuple[oracle.Precision, oracle.Precision], ...]:
+        """Add a batch for each precision that the backend has at other sizes alone; return all precisions."""
+        covered = dict.fromkeys(self._precision(len(index)) for index in self._batches.indices)
+        for size in _SIZES_OF_PRECISIONS:
+            if self._precision(size) not in covered:
+                covered[self._precision(size)] = None
+                self._batches.indices.append(torch.arange(size) % len(self._batches.ids))
+        return tuple(covered)
 
     def _precision(self, tokens: int) -> oracle.Precision | tuple[oracle.Precision, oracle.Precision]:
         experts = self.geometry.num_local_experts if self.expert_map is None else self.expert_map.numel()
@@ -139,12 +150,12 @@ class LayerTest:
         label = "+".join(dict.fromkeys(oracle.of_projections(precision)))
         limits: Limits = limits_for(precision, self.geometry.intermediate)
         found, begin = [], 0
-        names = [f"expert {self.expert_ids[expert]}" for expert in self._compared] + ["routing"]
+        names = [f"expert {self.expert_ids[expert]}" for expert in self._compared] + [ROUTING]
         for name, expected in zip(names, self._expected[precision], strict=True):
             here = ((index >= begin) & (index < begin + len(expected))).nonzero().flatten()
             if len(here):
                 rows, tokens = (index[here] - begin).to(self._device), len(index)
-                columns = name != "routing" and len(here) >= len(expected)
+                columns = name != ROUTING and len(here) >= len(expected)
                 got = out[here.to(self._device)]
                 found += judge_rows(name, got, expected[rows], limits, label, tokens, columns=columns)
             begin += len(expected)
