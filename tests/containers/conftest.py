@@ -16,9 +16,9 @@ from .tools import Tools
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where programs, engine and images lie; some 10 GB."""
+    """Where the programs and the makings of the images lie; some 3 GB."""
     if os.environ.get("REQUIRE_CONTAINER_ENGINE") != "1":
-        pytest.skip("takes minutes, root, 10 GB and Debian 12's archive: set REQUIRE_CONTAINER_ENGINE=1")
+        pytest.skip("takes minutes, root, 6 GB of memory and Debian 12's archive: set REQUIRE_CONTAINER_ENGINE=1")
     assert os.geteuid() == 0, "REQUIRE_CONTAINER_ENGINE=1, but the tests do not run as root"
     directory = tmp_path_factory.mktemp("containers")
     yield directory

@@ -32,9 +32,10 @@ def make(engine: Engine, directory: Path) -> None:
         *("--dpkgopt=force-unsafe-io", "--dpkgopt=path-exclude=/usr/share/doc/*"),
         *("bookworm", root, engine.tools.source),
     )
-    engine.tools.check("chroot", root, "python3", "-m", "venv", "/opt/venv")
+    # Without the pip and setuptools that Debian would add: a package found in two versions is in either, by chance.
+    engine.tools.check("chroot", root, "python3", "-m", "venv", "--without-pip", "/opt/venv")
     site = root / "opt/venv/lib/python3.11/site-packages"
-    for name in ("torch", *_pinned(REPOSITORY / "requirements/cpu.txt")):
+    for name in ("pip", "torch", *_pinned(REPOSITORY / "requirements/cpu.txt")):
         _copy(importlib.metadata.distribution(name), site)
     engine.tools.check(sys.executable, REPOSITORY / "scripts/patch_vllm.py", "revert", "--vllm", site / "vllm")
     _import(engine, root, GPU_BASE, f"ENV PATH={_PATH}")
