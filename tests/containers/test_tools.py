@@ -74,7 +74,7 @@ def promtool(tools: Tools, directory: Path) -> tuple[bool, str]:
     [
         ("", ""),
         ('== 1\n        for: 30s', "== 1\n        for: 5m"),
-        ('{state="failed"} == 1', '{state="failed"} == 2'),
+        ('{state="failed"}[5m]', '{state="failed"}[1m]'),
         ("unless on()", "and on()"),
         (', handler=~"/v1/.*"', ""),
         ("and on() sum(vllm:num_requests_waiting) > 0", ""),
