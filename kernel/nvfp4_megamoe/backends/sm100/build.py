@@ -46,9 +46,10 @@ class Machine:
 
 
 def find_tool(name: str) -> str:
-    """Path of ``cuobjdump`` or ``nvdisasm``: the environment, PATH, the CUDA toolkit, the triton package."""
+    """Path of ``cuobjdump`` or ``nvdisasm``: the environment, PATH, the CUDA toolkit, NVIDIA's or triton's package."""
     candidates = [os.environ.get(name.upper()), name, f"/usr/local/cuda/bin/{name}"]
-    candidates += [str(Path(path, "triton/backends/nvidia/bin", name)) for path in sys.path]
+    folders = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
+    candidates += [str(Path(path, folder, name)) for path in sys.path for folder in folders]
     for candidate in candidates:
         if candidate and (found := shutil.which(candidate)):
             return found
