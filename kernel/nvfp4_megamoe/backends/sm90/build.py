@@ -6,6 +6,7 @@ The result is one shared library with a plain C interface (``csrc/api.cu``). Ser
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -32,6 +33,14 @@ def find_nvcc() -> str | None:
     candidates += [str(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")] if "CUDA_HOME" in os.environ else []
     candidates += ["/usr/local/cuda/bin/nvcc"]
     return next((found for c in candidates if c and (found := shutil.which(c))), None)
+
+
+def sources_digest() -> str:
+    """Hash of everything that the library is made from; the library holds it, and loading compares it."""
+    digest = hashlib.sha256(wgmma_header().encode())
+    for file in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:20]
 
 
 def wgmma_header(widths: tuple[int, ...] = WIDTHS) -> str:
@@ -72,6 +81,7 @@ def compile_library(output: Path = LIBRARY) -> str:
     with tempfile.TemporaryDirectory() as generated:
         (Path(generated) / "wgmma.cuh").write_text(wgmma_header())
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-gencode={ARCHITECTURE}", "-Xptxas", "-v", "-shared"]
+        command += [f'-DNVFP4_SM90_SOURCES="{sources_digest()}"']
         command += ["-Xcompiler", "-fPIC", "-cudart", "static", "-I", generated, "-I", str(SOURCES)]
         partial = Path(generated) / output.name
         run = subprocess.run([*command, "-o", str(partial), str(SOURCES / "api.cu")], capture_output=True, text=True)

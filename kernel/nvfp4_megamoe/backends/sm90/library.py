@@ -7,8 +7,10 @@ import functools
 import os
 from pathlib import Path
 
-from nvfp4_megamoe.backends.sm90.build import LIBRARY
+from nvfp4_megamoe.backends.sm90.build import LIBRARY, sources_digest
 from nvfp4_megamoe.errors import UnsupportedError
+
+REBUILD = "run python -m nvfp4_megamoe.backends.sm90.build"
 
 
 class ForwardArgs(ctypes.Structure):
@@ -36,11 +38,22 @@ def library_path() -> Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Load the library once a process. Raises UnsupportedError where it has not been built."""
+    """Load the library once a process.
+
+    Raises:
+        UnsupportedError: it has not been built, cannot be loaded, or was built from other sources than these.
+    """
     path = library_path()
     if not path.exists():
-        raise UnsupportedError(f"{path} does not exist: run python -m nvfp4_megamoe.backends.sm90.build")
-    lib = ctypes.CDLL(str(path))
+        raise UnsupportedError(f"{path} does not exist: {REBUILD}")
+    try:
+        lib = ctypes.CDLL(str(path))
+        lib.nvfp4_sm90_sources.restype = ctypes.c_char_p
+        made_from = lib.nvfp4_sm90_sources().decode()
+    except (OSError, AttributeError) as error:
+        raise UnsupportedError(f"{path} is not a library of these kernels ({error}): {REBUILD}") from error
+    if made_from != sources_digest():
+        raise UnsupportedError(f"{path} was built from sources {made_from}, expected {sources_digest()}: {REBUILD}")
     lib.nvfp4_sm90_forward.argtypes = [ctypes.POINTER(ForwardArgs), ctypes.c_void_p]
     lib.nvfp4_sm90_forward.restype = ctypes.c_int
     lib.nvfp4_sm90_repack.argtypes = [

@@ -164,6 +164,9 @@ int nvfp4_sm90_repack(uint8_t* values, uint8_t* scales, int experts, int rows, i
     return cudaSuccess;
 }
 
+// Hash of the sources that this library was built from: build.py.
+const char* nvfp4_sm90_sources() { return NVFP4_SM90_SOURCES; }
+
 const char* nvfp4_sm90_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 }  // extern "C"
