@@ -283,7 +283,8 @@ def test_best_512_of_few_columns():
 
 
 def test_long_inputs_are_cut_into_parts(monkeypatch):
-    """With scratch for one item at a time nothing changes."""
+    """With scratch for one item at a time nothing changes, save that a product of another shape may add its terms in
+    another order: a bfloat16 output may then round to its neighbour, one unit in the last place away."""
     g = cases.generator()
     calls = [
         (hyper_connection.hc_pre_fused_cpu, cases.hyper_pre(g)),
@@ -310,4 +311,4 @@ def test_long_inputs_are_cut_into_parts(monkeypatch):
             whole = run(function, case)
             patched.setattr(chunking, "SCRATCH_BYTES", 1)
             for one, other in zip(whole, run(function, case), strict=True):
-                torch.testing.assert_close(one.float(), other.float(), equal_nan=True, rtol=BF16, atol=1e-5)
+                torch.testing.assert_close(one.float(), other.float(), equal_nan=True, rtol=2 * BF16, atol=1e-5)
