@@ -155,7 +155,9 @@ def test_hyper_connections(native, function: str):
 @pytest.mark.parametrize("m", [1, 3, 40])
 def test_block_scaled_linear(native, m: int):
     (_, [mine]), (_, [theirs]) = both(native, linear.fp8_scaled_mm_cpu, cases.scaled_mm(cases.generator(), m))
-    close(mine, theirs, 2 * BF16, 0.1)
+    # Sums of 256 terms, about 50 in size: what cancels to nearly zero keeps the terms' absolute error.
+    close(mine, theirs, 2 * BF16, 0.25)
+    assert float((mine.float() - theirs.float()).norm() / theirs.float().norm()) <= 4e-3
 
 
 def test_batched_product(native):

@@ -88,6 +88,5 @@ def test_the_table_compares_our_best_with_the_better_peer():
 
 
 def test_the_plot_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
     peers_report.plot(result(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

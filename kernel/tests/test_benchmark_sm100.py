@@ -201,7 +201,6 @@ def test_wrong_peer_has_a_reason_instead_of_a_time(rng, contender, reason):
 
 
 def test_plot_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = [
         {"contender": name, "tokens": t, "skewed": False, "us": t + 1.0}
         for name in ("own ordered", "flashinfer_cutedsl")
