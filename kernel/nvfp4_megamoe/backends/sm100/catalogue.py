@@ -44,24 +44,38 @@ def arguments(name: str) -> str:
 
 
 @functools.cache
-def set_environment() -> None:
+def _chosen() -> list[str]:
+    """The process's architecture, once there is one."""
+    return []
+
+
+def set_environment(architecture: str = ARCH) -> None:
     """Target and dump directory of the kernel language, to be set before its first import.
 
     It hands PTX and cubin over through files whose names variants share: every process needs a directory of its own.
+
+    Raises:
+        RuntimeError: the process compiles for another architecture already.
     """
+    if _chosen():
+        if _chosen() != [architecture]:
+            raise RuntimeError(f"this process compiles for {_chosen()[0]}: use another for {architecture}")
+        return
+    _chosen().append(architecture)
     directory = tempfile.TemporaryDirectory(prefix="sm100-compile-")
     atexit.register(directory.cleanup)
-    os.environ["CUTE_DSL_ARCH"] = ARCH
+    os.environ["CUTE_DSL_ARCH"] = architecture
     os.environ["CUTE_DSL_DUMP_DIR"] = directory.name
 
 
-def compile_kernel(name: str, options: str = "--keep-ptx --keep-cubin --opt-level 3"):
-    """Compile one kernel for sm_100a; shapes are run-time arguments, so one object serves every geometry.
+def compile_kernel(name: str, options: str = "--keep-ptx --keep-cubin --opt-level 3", architecture: str = ARCH):
+    """Compile one kernel; shapes are run-time arguments, so one object serves every geometry.
 
     Raises:
         KeyError: no such kernel.
+        RuntimeError: see :func:`set_environment`.
     """
-    set_environment()
+    set_environment(architecture)
     from cutlass import Float32, Int32, Int64, cute
     from cutlass.cute.runtime import make_fake_stream
 
