@@ -5,7 +5,9 @@ The tolerance covers what bfloat16 activations and the FP8 KV cache add to W4A16
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,30 @@ def test_two_expert_parallel_ranks_agree_with_one(
     assert mean_difference(two, expected[300]) <= TOLERANCE
     assert mean_difference(two, one) <= TOLERANCE, "both sum in another order than the reference, and than each other"
     assert "Worker_TP1_EP1" in log.read_text(), "the second rank must hold experts of its own"
+
+
+def test_two_data_parallel_engines_share_the_experts(
+    directory: Path, checkpoint: Path, expected: dict[int, list[float]]
+) -> None:
+    """Each engine's tokens visit the other's experts, whether the other has as many, fewer, or none of its own."""
+    log = directory / "data-parallel.log"
+    arguments = ("--data-parallel-size", "2", "--enable-expert-parallel", "--no-enable-prefix-caching")
+    with running_server(checkpoint, log, *arguments) as running, ThreadPoolExecutor(4) as pool:
+        alone = prompt_logprobs(running, prompt_tokens(300))
+        counts = [300, 100, 170, 300, 130, 110, 300, 210]
+        together = list(pool.map(lambda count: prompt_logprobs(running, prompt_tokens(count)), counts))
+        metrics = urllib.request.urlopen(f"{running.base_url}/metrics", timeout=60).read().decode()
+    served_by = {
+        line.split('engine="')[1][0]
+        for line in metrics.splitlines()
+        if line.startswith("vllm:prompt_tokens_total{") and float(line.rsplit(" ", 1)[1]) > 0
+    }
+    assert served_by == {"0", "1"}, "one engine had all the requests"
+    assert mean_difference(alone, expected[300]) <= TOLERANCE
+    for count, found in zip(counts, together, strict=True):
+        assert mean_difference(found, expected[300][: count - 1]) <= TOLERANCE, count
+    placed = [line for line in log.read_text().splitlines() if "Local/global number of experts: 32/64" in line]
+    assert len({line.split("[EP Rank ")[1][0] for line in placed}) == 2, "each engine must hold half of the experts"
 
 
 @pytest.fixture(scope="session")
