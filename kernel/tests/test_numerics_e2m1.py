@@ -86,6 +86,9 @@ def test_packing_puts_the_even_index_in_the_low_nibble():
 def test_packing_is_a_bijection(rng):
     every_byte = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(e2m1.pack(e2m1.unpack(every_byte)), every_byte)
+    for dtype in (torch.float64, torch.float32):
+        pairs = e2m1.decode_packed(every_byte.view(4, 64), dtype)
+        assert same(pairs, e2m1.decode(e2m1.unpack(every_byte.view(4, 64)), dtype))
     codes = torch.randint(16, (3, 5, 32), generator=rng, dtype=torch.uint8)
     assert e2m1.pack(codes).shape == (3, 5, 16)
     assert torch.equal(e2m1.unpack(e2m1.pack(codes)), codes)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from moe_cases import GEOMETRY, random_batch, random_map, random_weights
+from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 from nvfp4_megamoe.moe.oracle import dequantized, expert_stages, moe_oracle, quantize_activations, swiglu
 from nvfp4_megamoe.numerics import e2m1, metrics, nvfp4
@@ -178,3 +179,14 @@ def test_w8a8_rounds_weights_with_their_block_scale(rng):
     expected = quantize_activations(stages.activated, torch.ones(()), "w8a8")
     assert torch.equal(stages.intermediate, expected)
     assert torch.equal(expected, quantize_activations(stages.activated.bfloat16(), torch.ones(()), "w4a8"))
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w8a8", ("w4a8", "w4a16")])
+def test_rows_at_a_time_give_what_the_whole_projection_gives(rng, monkeypatch, precision):
+    weights = random_weights(dataclasses.replace(GEOMETRY, hidden=96, intermediate=48), rng)
+    x = torch.randn(5, 96, generator=rng).bfloat16()
+    whole = expert_stages(weights, 1, x, 7.0, precision)
+    monkeypatch.setitem(oracle._BYTES_AT_ONCE, "cpu", 7 * 96 * 8)  # 7 does not divide 48 or 96
+    assert oracle.rows_at_once(weights.w13[1]) == 7
+    for name, by_rows in expert_stages(weights, 1, x, 7.0, precision)._asdict().items():
+        torch.testing.assert_close(by_rows, getattr(whole, name), rtol=1e-12, atol=1e-12)

@@ -15,6 +15,8 @@ from nvfp4_megamoe.checkpoint import expert_tensors as et
 from nvfp4_megamoe.moe.weights import ExpertWeights
 from nvfp4_megamoe.numerics import nvfp4, ue4m3
 
+_BYTES_AT_ONCE = {"cpu": 4 << 20}
+
 Precision = Literal["w4a16", "w4a8", "w8a8", "w4a4"]
 
 
@@ -79,16 +81,32 @@ def expert_stages(
     w13_input_scale, w2_input_scale = weights.w13_input_scale[expert].amax(), weights.w2_input_scale[expert]
     first, second = of_projections(precision)
     x = quantize_activations(x, w13_input_scale, first)
-    gate_up = torch.cat([x @ dequantized(weights, expert, half, first).T for half in (et.GATE, et.UP)], dim=-1)
+    gate_up = torch.cat([_times(x, weights, expert, half, first) for half in (et.GATE, et.UP)], dim=-1)
     activated = swiglu(gate_up, swiglu_limit)
     intermediate = quantize_activations(activated, w2_input_scale, second)
-    return Stages(x, gate_up, activated, intermediate, intermediate @ dequantized(weights, expert, et.DOWN, second).T)
+    return Stages(x, gate_up, activated, intermediate, _times(intermediate, weights, expert, et.DOWN, second))
 
 
 def dequantized(weights: ExpertWeights, expert: int, projection: str, precision: Precision = "w4a16") -> torch.Tensor:
     """Weights of gate (``w1``), down (``w2``) or up (``w3``): float64 [rows, columns], as :func:`dequantize`."""
     packed, block_scale, global_scale, _ = (part[expert] for part in weights.projection(projection).values())
     return dequantize(packed, block_scale, global_scale, precision)
+
+
+def _times(x: torch.Tensor, weights: ExpertWeights, expert: int, projection: str, precision: Precision) -> torch.Tensor:
+    """``x`` times a projection's weights: float64 [n, rows]."""
+    packed, block_scale, global_scale, _ = (part[expert] for part in weights.projection(projection).values())
+    parts = zip(*(tensor.split(rows_at_once(packed)) for tensor in (packed, block_scale)), strict=True)
+    return torch.cat([x @ dequantize(*rows, global_scale, precision).T for rows in parts], dim=-1)
+
+
+def rows_at_once(packed: torch.Tensor) -> int:
+    """How many rows of ``packed``, uint8 [rows, K / 2], to hold dequantized at a time, so that it costs least.
+
+    On a CPU they stay in its cache, and in memory that the process has: large tensors are given back to the system and
+    found again page by page. On a GPU few launches matter more, and it is all of one expert of DeepSeek-V4.
+    """
+    return max(1, _BYTES_AT_ONCE.get(packed.device.type, 256 << 20) // (packed.shape[-1] * 2 * torch.float64.itemsize))
 
 
 def of_projections(precision: Precision | tuple[Precision, Precision]) -> tuple[Precision, Precision]:

@@ -98,9 +98,9 @@ def dequantize(
             f"block_scale {tuple(block_scale.shape)}."
         )
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    values = e2m1.decode(e2m1.unpack(packed), compute).unflatten(-1, (-1, BLOCK))
+    values = e2m1.decode_packed(packed, compute).unflatten(-1, (-1, BLOCK))
     scale = ue4m3.decode(block_scale, compute).unsqueeze(-1)
-    return (values * (scale * _over_blocks(global_scale, values))).flatten(-2).to(dtype)
+    return values.mul_(scale * _over_blocks(global_scale, values)).flatten(-2).to(dtype)
 
 
 def _over_blocks(global_scale: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

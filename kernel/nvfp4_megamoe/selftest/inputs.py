@@ -64,7 +64,7 @@ def probe_values(size: torch.Tensor, columns: int, rng: torch.Generator) -> torc
 
 def row_norm(*weights: torch.Tensor) -> torch.Tensor:
     """The largest of the matrices' mean row norms, float32 []; 1 where all are zero."""
-    size = torch.stack([w.square().sum(-1).mean().sqrt() for w in weights]).amax()
+    size = torch.stack([w.norm(dim=-1).square().mean().sqrt() for w in weights]).amax()
     return torch.where(size == 0, 1.0, size)
 
 

@@ -101,12 +101,14 @@ class LayerTest:
     def _reference(self, weights: ExpertWeights, rng: torch.Generator) -> None:
         g, compared = self.geometry, self._compared
         tokens, mixed = [], None
+        gate, up = torch.empty((2, g.intermediate, g.hidden), dtype=torch.float32, device=self._device)
         for expert in compared:
-            gate, up = (_float32(weights, expert, half) for half in (et.GATE, et.UP))
+            _dequantize(weights, expert, et.GATE, gate)
+            _dequantize(weights, expert, et.UP, up)
             tokens.append(inputs.expert_tokens(gate, up, g.swiglu_limit, rng))
             if mixed is None:
                 mixed = inputs.plain_tokens(inputs.row_norm(gate, up), inputs.MIXED_TOKENS + 1, g.hidden, rng)
-            del gate, up
+        del gate, up
         self._batches: Batches = make_batches(
             g, compared, self.expert_ids, [len(part) for part in tokens], self.expert_map, self._sizes(), rng
         )
@@ -169,9 +171,12 @@ class LayerTest:
         return found
 
 
-def _float32(weights: ExpertWeights, expert: int, projection: str) -> torch.Tensor:
+def _dequantize(weights: ExpertWeights, expert: int, projection: str, out: torch.Tensor) -> None:
+    """Write a projection's weights to ``out``, float32 [rows, columns]."""
     packed, scale, global_scale, _ = (part[expert] for part in weights.projection(projection).values())
-    return nvfp4.dequantize(packed, scale, global_scale)
+    parts = (tensor.split(oracle.rows_at_once(packed)) for tensor in (out, packed, scale))
+    for rows, codes, scales in zip(*parts, strict=True):
+        rows.copy_(nvfp4.dequantize(codes, scales, global_scale))
 
 
 def _global_ids(experts: int, expert_map: torch.Tensor | None) -> list[int]:
