@@ -74,7 +74,9 @@ def test_a_rank_frozen_and_then_killed_while_it_loads_is_named_and_ends_the_serv
         victim = loading["ranks"][1]["pid"]
         os.kill(victim, signal.SIGSTOP)
         reason = watcher.get_until("/startupz", 500)
-        assert f"rank 1 (pid {victim}" in reason and "stopped by a signal" in reason
+        assert f"rank 1 (pid {victim}" in reason
+        # On a busy machine it may have stood still before: that is told first.
+        follow(watcher, lambda answer: "stopped by a signal" in answer["reason"])
         os.kill(victim, signal.SIGCONT)
         watcher.get_until("/startupz", 503)
         os.kill(victim, signal.SIGKILL)
