@@ -30,9 +30,9 @@ from pathlib import Path
 
 import cache_environment as caches
 from serving_bench import client, compare, report
+from serving_bench.drive import drive
 from serving_bench.server import NAME, Server, ServerError, end_servers_with_this_process, server, start_phases
 from serving_bench.warm_plan import plan
-from warm_up import drive
 
 FLAGS = (
     "--tokenizer-mode deepseek_v4 --max-model-len 8192 --max-num-seqs 128 --max-num-batched-tokens 8192 "

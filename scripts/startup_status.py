@@ -20,9 +20,10 @@ from status.collector import Collector
 from status.estimate import History
 from status.health import HealthPoll
 from status.judge import PROGRESSING, Limits
+from status.phases import READY
 from status.rank_files import RankFiles
 from status.server import Server
-from status.text import line
+from status.text import compiled, line
 
 DEFAULT_DIRECTORY = "/dev/shm/mega-moe-status"
 
@@ -76,7 +77,12 @@ def watch(collector: Collector, stop: threading.Event, interval: float, log_ever
     while True:
         began = time.monotonic()
         snapshot = collector.look()
-        seen = (snapshot.verdict.state, snapshot.ranks[0][0].run if snapshot.ranks else None)
+        seen = (
+            snapshot.verdict.state,
+            snapshot.ranks[0][0].run if snapshot.ranks else None,
+            # Once it serves, each compilation is worth a line.
+            compiled(snapshot) if snapshot.verdict.state == READY else None,
+        )
         due = snapshot.verdict.state == PROGRESSING and began - logged_at >= log_every - interval
         if due or seen != logged:
             level = logging.INFO if snapshot.verdict.code != 500 else logging.ERROR

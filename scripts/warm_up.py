@@ -6,9 +6,9 @@
 Everything after ``--`` goes to the server, and must be what it will serve with: kernels depend on geometry, ranks and
 flags. The caches lie below MEGA_MOE_CACHE_DIR (scripts/cache_environment.py). The report has the duration of each
 phase, what every compiler added, and what a second pass over the same shapes still compiled: if anything, status 1.
+``--nothing-compiles`` asks more, and is for the second start: nothing at all may be added, from the first process on.
 
-``--url`` drives a running server, and starts and stops nothing: an entrypoint that reports ready only after it
-spares the first users what is compiled in each process anew.
+``--url`` drives a running server, and starts and stops nothing. scripts/entrypoint.py sends the same requests.
 """
 
 from __future__ import annotations
@@ -18,45 +18,30 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import cache_environment as caches
+from launch import flags
 from serving_bench import client
+from serving_bench.drive import drive
 from serving_bench.server import ServerError, compilations, end_servers_with_this_process, server, start_phases
-from serving_bench.warm_plan import plan
+from serving_bench.warm_plan import Group, plan
 
 
-def drive(base_url: str, groups: list, seed: int, limit_s: float = math.inf) -> dict[str, float]:
-    """Send each group of requests together, one after another, none after ``limit_s``.
-
-    Returns:
-        Groups and requests sent, of how many groups, seconds in all and of the slowest group.
-    """
-    began, slowest, sent = time.monotonic(), 0.0, 0
-    for number, group in enumerate(groups):
-        started = time.monotonic()
-        if started - began > limit_s:
-            break
-        prompts = [client.prompt(length, seed * 100_000 + number * 1000 + i) for i, (length, _) in enumerate(group)]
-        client.together(base_url, prompts, group[0][1])
-        slowest, sent = max(slowest, time.monotonic() - started), number + 1
-    return {
-        "groups": sent,
-        "of_groups": len(groups),
-        "requests": sum(map(len, groups[:sent])),
-        "seconds": round(time.monotonic() - began, 1),
-        "slowest_group_s": round(slowest, 2),
-    }
-
-
-def warm(base_url: str, groups: list, log_text: Callable[[], str], root: Path) -> dict:
-    """Two passes over ``groups``; what the second one compiles is what the plan does not cover."""
+def warm(
+    base_url: str,
+    groups: list[Group],
+    log_text: Callable[[], str],
+    root: Path,
+    engines: int = 1,
+    limit_s: float = math.inf,
+) -> dict:
+    """Two passes over ``groups``, each for ``limit_s``; what the second one compiles the plan does not cover."""
     before = caches.snapshot(root)
-    first = drive(base_url, groups, 0)
+    first = drive(base_url, groups, 0, limit_s, engines=engines)
     between, compiled = caches.snapshot(root), set(compilations(log_text()))
-    second = drive(base_url, groups, 1)
+    second = drive(base_url, groups[: int(first["groups"])], 1, limit_s, engines=engines)
     return {
         "first_pass": first
         | {"compiled": sorted(compiled), "files": caches.by_compiler(caches.changed(before, between))},
@@ -68,8 +53,9 @@ def warm(base_url: str, groups: list, log_text: Callable[[], str], root: Path) -
     }
 
 
-def serve_and_warm(arguments: argparse.Namespace, groups: list, root: Path) -> dict:
+def serve_and_warm(arguments: argparse.Namespace, root: Path) -> dict:
     """Start the server, warm it, stop it."""
+    api = flags.read([str(arguments.model), *arguments.flags]).api
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         started = caches.snapshot(root)
@@ -78,14 +64,14 @@ def serve_and_warm(arguments: argparse.Namespace, groups: list, root: Path) -> d
         with running:
             running.start(arguments.timeout)
             ready = caches.snapshot(root)
-            report = {
+            groups = plan(api.batched_tokens, api.sequences, client.model(running.base_url)["max_model_len"])
+            return {
                 "ready_s": round(running.ready_seconds, 1),
                 "phases": start_phases(directory / "warm-up-status"),
                 "start_files": caches.by_compiler(caches.changed(started, ready)),
-                **warm(running.base_url, groups, running.text, root),
+                **warm(running.base_url, groups, running.text, root, api.engines, arguments.pass_seconds),
                 "facts": running.facts(),
             }
-        return report
 
 
 def show(report: dict) -> str:
@@ -97,10 +83,23 @@ def show(report: dict) -> str:
         lines += ["compiled until ready:", caches.table(report["start_files"])]
     for key, title in (("first_pass", "first pass"), ("second_pass", "second pass")):
         p = report[key]
-        lines.append(f"{title}: {p['requests']} requests in {p['seconds']} s, slowest group {p['slowest_group_s']} s")
+        cut = "" if p["groups"] == p["of_groups"] else f" ({p['groups']} of {p['of_groups']} groups)"
+        lines.append(
+            f"{title}: {p['requests']} requests{cut} in {p['seconds']} s, slowest group {p['slowest_group_s']} s"
+        )
         lines += [f"  {line}" for line in p["compiled"]]
         lines += [caches.table(p["files"])] if p["files"] else []
     return "\n".join(lines)
+
+
+def judge(report: dict, nothing_compiles: bool) -> str | None:
+    """What is wrong with a start that reports so; None if nothing is."""
+    first, again = report["first_pass"], report["second_pass"]
+    if nothing_compiles and (report.get("start_files") or first["files"] or first["compiled"]):
+        return "this start compiled: the caches were not full, or a compiler keeps none"
+    if again["compiled"] or again["files"]:
+        return "the second pass compiled again: the plan misses shapes, or a compiler keeps no cache"
+    return None
 
 
 def main() -> int:
@@ -110,36 +109,31 @@ def main() -> int:
     where.add_argument("--model", type=Path, help="checkpoint directory")
     where.add_argument("--url", help="a running server, such as http://127.0.0.1:8000")
     parser.add_argument("--root", type=Path, help="of the caches; default: MEGA_MOE_CACHE_DIR, else ~/.cache/mega-moe")
-    parser.add_argument("--max-batched-tokens", type=int, default=8192, help="the server's --max-num-batched-tokens")
-    parser.add_argument("--max-sequences", type=int, default=128, help="the server's --max-num-seqs")
-    parser.add_argument("--max-length", type=int, help="the server's --max-model-len; with --url it is asked")
+    for name, default in (("--max-num-batched-tokens", 8192), ("--max-num-seqs", 128)):
+        parser.add_argument(name, type=int, default=default, help=f"with --url: the server's (default {default})")
+    parser.add_argument("--pass-seconds", type=float, default=math.inf, help="none is sent after so many, in a pass")
+    parser.add_argument("--nothing-compiles", action="store_true", help="status 1 if anything was compiled at all")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds until the server must be ready")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("flags", nargs="*", help="the server's flags, after --")
     arguments = parser.parse_args()
     end_servers_with_this_process()
     root = (arguments.root or caches.default_root()).expanduser().absolute()
-    for flag, value in (("--max-num-batched-tokens", "max_batched_tokens"), ("--max-num-seqs", "max_sequences"),
-                        ("--max-model-len", "max_length")):  # fmt: skip
-        if flag in arguments.flags:
-            setattr(arguments, value, int(arguments.flags[arguments.flags.index(flag) + 1]))
     try:
         if arguments.url:
-            length = arguments.max_length or client.model(arguments.url)["max_model_len"]
-            groups = plan(arguments.max_batched_tokens, arguments.max_sequences, length)
-            report = warm(arguments.url, groups, str, root)
+            length = client.model(arguments.url)["max_model_len"]
+            groups = plan(arguments.max_num_batched_tokens, arguments.max_num_seqs, length)
+            report = warm(arguments.url, groups, str, root, limit_s=arguments.pass_seconds)
         else:
-            groups = plan(arguments.max_batched_tokens, arguments.max_sequences, arguments.max_length or 8192)
-            report = serve_and_warm(arguments, groups, root)
+            report = serve_and_warm(arguments, root)
     except (ServerError, OSError, ValueError) as error:
         print(f"warm_up: {error}", file=sys.stderr)
         return 2
     print(show(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    again = report["second_pass"]
-    if again["compiled"] or again["files"]:
-        print("the second pass compiled again: the plan misses shapes, or a compiler keeps no cache", file=sys.stderr)
+    if complaint := judge(report, arguments.nothing_compiles):
+        print(complaint, file=sys.stderr)
         return 1
     return 0
 

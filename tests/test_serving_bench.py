@@ -18,6 +18,7 @@ import bench_expert_parallel  # noqa: E402
 import bench_gpu_serving  # noqa: E402
 import warm_up  # noqa: E402
 from serving_bench import client, compare, expert_parallel_report, report, warm_plan, whole_model  # noqa: E402
+from serving_bench.drive import drive  # noqa: E402
 from serving_bench.plugin import random_weights  # noqa: E402
 from serving_bench.server import Server, ServerError, free_port, start_phases  # noqa: E402
 
@@ -150,10 +151,40 @@ def test_warming_drives_every_group_and_reports_what_the_second_pass_compiled(tm
     assert "slowest group" in warm_up.show(found)
 
 
+@pytest.mark.parametrize(
+    ("start", "first", "second", "any_time", "says"),
+    [
+        ({}, {}, {}, True, None),
+        ({"Triton": {}}, {}, {}, False, None),
+        ({}, {"DeepGEMM": {}}, {}, False, None),
+        ({"Triton": {}}, {}, {}, True, "this start compiled"),
+        ({}, {"DeepGEMM": {}}, {}, True, "this start compiled"),
+        ({}, {}, {"Triton": {}}, False, "the second pass compiled again"),
+        ({}, {}, {"Triton": {}}, True, "the second pass compiled again"),
+    ],
+)
+def test_what_a_start_may_compile(start, first, second, any_time, says):
+    passes = {"first_pass": {"files": first, "compiled": []}, "second_pass": {"files": second, "compiled": []}}
+    complaint = warm_up.judge({"start_files": start, **passes}, any_time)
+    assert says is None if complaint is None else says in complaint
+
+
+def test_a_pass_ends_at_its_limit(tmp_path, running):
+    groups = warm_plan.plan(64, 3, 200)
+    found = warm_up.warm(running.base_url, groups, running.text, tmp_path, limit_s=0.05)
+    assert 0 < found["first_pass"]["groups"] < len(groups) and found["second_pass"]["groups"] > 0
+    assert f"of {len(groups)} groups" in warm_up.show(found)
+
+
+def test_each_engine_gets_each_group(running):
+    groups = [[(5, 1)], [(6, 2), (7, 2)]]
+    assert drive(running.base_url, groups, 0, engines=4)["requests"] == 12
+
+
 def test_warming_a_running_server_is_a_command(tmp_path, running):
     command = [sys.executable, str(ROOT / "scripts" / "warm_up.py"), "--url", running.base_url, "--root", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--max-batched-tokens", "64", "--max-sequences", "2"], capture_output=True, text=True
+        [*command, "--max-num-batched-tokens", "64", "--max-num-seqs", "2"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "second pass" in done.stdout

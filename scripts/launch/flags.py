@@ -1,8 +1,12 @@
-"""What the preflight has to know of vLLM's flags: model, ranks, context and memory share. vLLM parses them again."""
+"""What preflight and warm-up have to know of vLLM's flags: model, ranks, context, memory share, address, batch bounds.
+
+vLLM parses them again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -14,6 +18,26 @@ class FlagError(ValueError):
     """A flag that cannot be used; the message names it and says what is expected."""
 
 
+# vLLM's largest defaults, those of the largest GPUs: warming more than a server can reach costs little.
+_BATCHED_TOKENS, _SEQUENCES = 16384, 1024
+
+
+class Api(NamedTuple):
+    """Where the server answers, and how large its batches can be.
+
+    ``engines``: data-parallel engines that share this API. ``unreachable``: why no request can be sent, None if it can.
+    """
+
+    base_url: str
+    port: int
+    key: str | None
+    engines: int
+    sequences: int
+    batched_tokens: int
+    headless: bool
+    unreachable: str | None
+
+
 class Serving(NamedTuple):
     """``ranks`` in all, ``ranks_here`` on this host; ``max_model_len`` and ``memory_share`` are None if not given."""
 
@@ -22,6 +46,7 @@ class Serving(NamedTuple):
     ranks_here: int
     max_model_len: int | None
     memory_share: float | None
+    api: Api
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,16 +85,39 @@ def read(arguments: list[str]) -> Serving:
         here,
         length(options.max_model_len),
         options.gpu_memory_utilization,
+        _api(options),
     )
 
 
-def length(text: str | None) -> int | None:
+def _api(options: argparse.Namespace) -> Api:
+    everywhere = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    host = everywhere.get(options.host, f"[{options.host}]" if ":" in (options.host or "") else options.host)
+    unreachable = None
+    if options.headless:
+        unreachable = "a worker (--headless) has no API; the leader's requests warm it"
+    elif options.uds:
+        unreachable = "the API listens on a Unix socket (--uds)"
+    elif options.ssl_keyfile or options.ssl_certfile:
+        unreachable = "the API speaks TLS (--ssl-keyfile, --ssl-certfile)"
+    return Api(
+        f"http://{host}:{options.port}",
+        options.port,
+        options.api_key[0] if options.api_key else os.environ.get("VLLM_API_KEY") or None,
+        1 if options.data_parallel_rank is not None else options.data_parallel_size,
+        options.max_num_seqs or _SEQUENCES,
+        length(options.max_num_batched_tokens, "--max-num-batched-tokens") or _BATCHED_TOKENS,
+        options.headless,
+        unreachable,
+    )
+
+
+def length(text: str | None, flag: str = "--max-model-len") -> int | None:
     """Tokens in vLLM's notation: 4096, 128k (decimal), 128K (binary); None for ``auto`` and what vLLM finds itself."""
     if text is None or text in ("auto", "-1"):
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", text)
     if match is None:
-        raise FlagError(f"--max-model-len {text}: expected a number of tokens such as 32768 or 128k, or auto")
+        raise FlagError(f"{flag} {text}: expected a number of tokens such as 32768 or 128k, or auto")
     return int(float(match[1]) * _SUFFIXES[match[2]])
 
 
@@ -92,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nnodes", "-n", type=_positive, default=1)
     parser.add_argument("--max-model-len")
     parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=_positive, default=8000)
+    parser.add_argument("--uds")
+    parser.add_argument("--ssl-keyfile")
+    parser.add_argument("--ssl-certfile")
+    parser.add_argument("--api-key", nargs="+")
+    parser.add_argument("--headless", action="store_true")
+    parser.add_argument("--max-num-seqs", type=_positive)
+    parser.add_argument("--max-num-batched-tokens")
     return parser
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 
 # vLLM shuts down in order, with status 0, also when a rank has died. Only an end that was asked for is one.
 ENDED_UNTOLD = 11
@@ -22,8 +24,16 @@ class Supervisor:
         for number in _ORDERS:
             signal.signal(number, self._hand_on)
 
-    def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """Run ``command`` to its end; return its status, negative for a signal. Nothing runs after an order."""
+    def run(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        beside: Callable[[Supervisor], None] | None = None,
+    ) -> int:
+        """Run ``command`` to its end; return its status, negative for a signal. Nothing runs after an order.
+
+        ``beside`` runs in a thread once the child has started. No thread may run before: the child is forked.
+        """
         # A session of its own: Ctrl-C in a terminal then reaches the server once, through us.
         signal.pthread_sigmask(signal.SIG_BLOCK, _ORDERS)
         try:
@@ -34,6 +44,8 @@ class Supervisor:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDERS)
+        if beside is not None:
+            threading.Thread(target=beside, args=(self,), name="beside the child", daemon=True).start()
         try:
             return _wait(child.pid)
         finally:
@@ -55,6 +67,13 @@ class Supervisor:
             )
             return ENDED_UNTOLD
         return 128 - status if status < 0 else status
+
+    def end(self, kill: bool = False) -> None:
+        """Tell the running child to end, or kill its session; from any thread. This is no order: ``told`` stays."""
+        child = self._child
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL) if kill else os.kill(child.pid, signal.SIGTERM)
 
     def _hand_on(self, number: int, _frame: object) -> None:
         self.told = True

@@ -30,15 +30,21 @@ def prompt(count: int, seed: int = 0) -> list[int]:
     ]
 
 
+def headers(key: str | None) -> dict[str, str]:
+    """The headers of a request; ``key`` is the API's, None if it asks for none."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 @functools.cache
-def model(base_url: str) -> dict:
+def model(base_url: str, key: str | None = None) -> dict:
     """What a server says of the model that it serves: ``id``, ``max_model_len`` and more.
 
     Raises:
         ServerError: it does not answer.
     """
     try:
-        with urllib.request.urlopen(f"{base_url}/v1/models", timeout=30) as response:
+        request = urllib.request.Request(f"{base_url}/v1/models", headers=headers(key))
+        with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)["data"][0]
     except OSError as error:
         raise ServerError(f"{base_url}/v1/models: {error}") from error
@@ -98,12 +104,14 @@ class Timing:
     tokens: int
 
 
-async def _stream(session: aiohttp.ClientSession, base_url: str, tokens: list[int], count: int) -> Timing:
-    body = {"model": model(base_url)["id"], "prompt": tokens, "max_tokens": count, "temperature": 0}
+async def _stream(
+    session: aiohttp.ClientSession, base_url: str, tokens: list[int], count: int, key: str | None
+) -> Timing:
+    body = {"model": model(base_url, key)["id"], "prompt": tokens, "max_tokens": count, "temperature": 0}
     body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
     began = time.perf_counter()
     first = last = produced = 0
-    async with session.post(f"{base_url}/v1/completions", json=body) as response:
+    async with session.post(f"{base_url}/v1/completions", json=body, headers=headers(key)) as response:
         if response.status != 200:
             raise ServerError(f"{base_url} answered {response.status}: {(await response.text())[:500]}")
         async for line in response.content:
@@ -122,18 +130,18 @@ async def _stream(session: aiohttp.ClientSession, base_url: str, tokens: list[in
     return Timing(first, last, produced)
 
 
-async def _together(base_url: str, prompts: list[list[int]], count: int) -> tuple[float, list[Timing]]:
+async def _together(base_url: str, prompts: list[list[int]], count: int, key: str | None) -> tuple[float, list[Timing]]:
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         began = time.perf_counter()
-        timings = await asyncio.gather(*(_stream(session, base_url, tokens, count) for tokens in prompts))
+        timings = await asyncio.gather(*(_stream(session, base_url, tokens, count, key) for tokens in prompts))
         return time.perf_counter() - began, list(timings)
 
 
-def together(base_url: str, prompts: list[list[int]], count: int) -> tuple[float, list[Timing]]:
+def together(base_url: str, prompts: list[list[int]], count: int, key: str | None = None) -> tuple[float, list[Timing]]:
     """Send all ``prompts`` at once, each for ``count`` tokens; returns the seconds in all and each request's times."""
     try:
-        return asyncio.run(_together(base_url, prompts, count))
+        return asyncio.run(_together(base_url, prompts, count, key))
     except (TimeoutError, aiohttp.ClientError) as error:
         raise ServerError(f"{base_url} dropped a request: {type(error).__name__} {error}") from error
 

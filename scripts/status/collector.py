@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .estimate import History, phase_remaining_s, phase_seconds, rate_per_s
 from .judge import Health, Limits, Verdict, judge
 from .movement import Movement
-from .phases import ORDER, READY, WAITING
+from .phases import ORDER, READY, WAITING, WARM_UP
 from .processes import sample
 from .rank_files import RankFiles, RankStatus
+from .server_files import ServerStatus
+from .server_files import read as read_servers
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Snapshot:
     other_runs: tuple[str, ...]
     health: Health | None
     limits: Limits
+    servers: tuple[ServerStatus, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The body of /startup."""
         statuses = [status for status, _ in self.ranks]
         seconds = {name: phase_seconds(statuses, name) for name in (*ORDER, WAITING)}
+        seconds[WARM_UP] = max((each.warm_up.seconds for each in self.servers if each.warm_up), default=None)
         return {
             "state": self.verdict.state,
             "reason": self.verdict.reason,
@@ -51,6 +55,7 @@ class Snapshot:
                 {"name": name, "seconds": round(longest, 1)} for name, longest in seconds.items() if longest is not None
             ],
             "ranks": [self._rank_json(status, movement) for status, movement in self.ranks],
+            "servers": [server.as_json() for server in self.servers],
             "health": self.health and {"url": self.health.url, "code": self.health.code, "error": self.health.error},
             "problems": list(self.problems),
             "other_runs": list(self.other_runs),
@@ -104,6 +109,7 @@ class Collector:
         self._waiting_since = time.monotonic(), time.time()
         self._movements: dict[tuple[str, int, float], Movement] = {}
         self._ready_at: tuple[str | None, float] | None = None
+        self._warming_at = float("-inf")
         self.snapshot = self.look()
 
     def look(self) -> Snapshot:
@@ -124,6 +130,15 @@ class Collector:
             (status, Movement(**vars(movement))) for status, movement in zip(ranks, movements.values(), strict=True)
         ]
         health = self._health()
+        problems = list(self._files.problems)
+        servers = read_servers(self._files.directory, problems)
+        problems += [server.warm_up.error for server in servers if server.warm_up and server.warm_up.error]
+        if any(server.pending for server in servers):
+            self._warming_at = now
+        if health is not None:
+            # Until the warm-up is over, /health is bad on purpose.
+            health = replace(health, bad_since=max(health.bad_since, self._warming_at))
+        at = time.time()
         verdict = judge(
             now,
             self._waiting_since[0],
@@ -133,10 +148,12 @@ class Collector:
             self._limits,
             ending=self._files.ending,
             refusal=self._files.refusal,
+            servers=servers,
+            at=at,
         )
         started = min((status.process_started for status in ranks), default=self._waiting_since[1])
         self.snapshot = Snapshot(
-            at=time.time(),
+            at=at,
             monotonic=now,
             started=started,
             elapsed_s=self._elapsed(ranks, verdict, started),
@@ -144,10 +161,11 @@ class Collector:
             verdict=verdict,
             ranks=tuple(seen),
             expected=self._expected or (max(len(ranks), ranks[0].ranks_here) if ranks else None),
-            problems=tuple(self._files.problems),
+            problems=tuple(problems),
             other_runs=tuple(self._files.other_runs),
             health=health,
             limits=self._limits,
+            servers=servers,
         )
         return self.snapshot
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .movement import Movement
 from .phases import ENDED, ORDER, PASSIVE, READY
 from .rank_files import RankStatus
+from .server_files import ServerStatus
 
 PROGRESSING = "progressing"
 STALLED = "stalled"
@@ -58,11 +59,14 @@ def judge(
     limits: Limits,
     ending: bool = False,
     refusal: str | None = None,
+    servers: tuple[ServerStatus, ...] = (),
+    at: float = 0.0,
 ) -> Verdict:
-    """Judge at monotonic time ``now``.
+    """Judge at monotonic time ``now``, which is the Unix time ``at``.
 
     ``started`` is since when there are no ranks, if there are none, ``expected`` how many ranks this host should have,
-    ``ending`` whether the server was told to end, and ``refusal`` why a newer start ended before it had ranks.
+    ``ending`` whether the server was told to end, ``refusal`` why a newer start ended before it had ranks or during its
+    warm-up, and ``servers`` what the entrypoints tell.
     """
     if refusal is not None:
         return Verdict(FAILED, f"the server refused to start: {refusal}")
@@ -74,6 +78,7 @@ def judge(
         or _freeze(now, ranks, limits)
         or _missing(now, ranks, expected, limits)
         or _stall(now, ranks, limits)
+        or _warm_up(at, ranks, servers, limits)
         or _readiness(now, ranks, health, limits)
     )
 
@@ -162,6 +167,23 @@ def _stall(now: float, ranks: list[tuple[RankStatus, Movement]], limits: Limits)
     if (silent := now - movement.moved_at) >= limits.rank_stall_after_s:
         return Verdict(STALLED, f"{name(status)} has not moved for {silent:.0f} s in phase {status.phase}, others have")
     return None
+
+
+def _warm_up(
+    at: float, ranks: list[tuple[RankStatus, Movement]], servers: tuple[ServerStatus, ...], limits: Limits
+) -> Verdict | None:
+    """Ready ranks serve nobody before the warm-up requests are answered; until then /health is not 200 on purpose.
+
+    The entrypoint bounds every request and the whole. It is trusted for as long as its heart beats.
+    """
+    pending = [server for server in servers if server.pending]
+    if not pending or any(status.phase != READY for status, _ in ranks):
+        return None
+    server = min(pending, key=lambda each: each.heartbeat)
+    reason = f"all {len(ranks)} ranks are ready; {server.progress()}"
+    if (silent := at - server.heartbeat) >= limits.stall_after_s:
+        return Verdict(STALLED, f"{reason}, but the entrypoint has not reported for {silent:.0f} s")
+    return Verdict(PROGRESSING, reason)
 
 
 def _readiness(now: float, ranks: list[tuple[RankStatus, Movement]], health: Health | None, limits: Limits) -> Verdict:

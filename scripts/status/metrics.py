@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector as MetricsCollector
 from .collector import Snapshot
 from .judge import STATES
 from .rank_files import UNITS
+from .server_files import STAGES
 
 _PREFIX = "mega_moe_startup"
 
@@ -41,6 +42,7 @@ class _Families(MetricsCollector):
         if snapshot.expected is not None:
             yield _single("ranks_expected", "Ranks that this host should have", snapshot.expected)
         yield from _rank_families(snapshot)
+        yield from _server_families(snapshot)
 
 
 def _single(name: str, text: str, value: float) -> Metric:
@@ -73,3 +75,28 @@ def _rank_families(snapshot: Snapshot) -> Iterable[Metric]:
                     done.add_metric([rank, each.name, unit], float(each.done.get(unit, 0)))
                     total.add_metric([rank, each.name, unit], float(each.total[unit]))
     return (up, phase, silent, heartbeat, seconds, done, total)
+
+
+def _server_families(snapshot: Snapshot) -> Iterable[Metric]:
+    def family(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"{_PREFIX}_{name}", text, labels=["port", *labels])
+
+    sent = family("warm_up_groups_sent", "Groups of warm-up requests that were answered")
+    total = family("warm_up_groups", "Groups of warm-up requests to send")
+    seconds = family("warm_up_seconds", "Time that the warm-up requests have taken")
+    failed = family("warm_up_failed", "1 if a warm-up request failed and the server serves all the same")
+    files = family("compiled_files", "Files that compilers added to the caches this start", "stage", "compiler")
+    for server in snapshot.servers:
+        port = str(server.port)
+        if (warm_up := server.warm_up) is not None:
+            sent.add_metric([port], float(warm_up.sent))
+            total.add_metric([port], float(warm_up.of))
+            seconds.add_metric([port], warm_up.seconds)
+            failed.add_metric([port], float(warm_up.error is not None))
+        for stage in STAGES if server.compiled is not None else ():
+            counts = server.compiled.get(stage, {})
+            for compiler, amount in counts.items():
+                files.add_metric([port, stage, compiler], float(amount["files"]))
+            # So that a start that compiled nothing is told from one of which nothing is known.
+            files.add_metric([port, stage, "all"], float(sum(amount["files"] for amount in counts.values())))
+    return (sent, total, seconds, failed, files)

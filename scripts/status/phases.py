@@ -11,6 +11,8 @@ LAYER_TEST = "layer test"
 COMPILE = "compile and warm-up"
 KV_CACHE = "KV cache"
 CAPTURE = "graph capture"
+# The server's, once its ranks are ready.
+WARM_UP = "warm-up requests"
 WAITING = "waiting"
 READY = "ready"
 STOPPING = "stopping"

@@ -122,14 +122,15 @@ def _of_this_start(members: list[RankStatus]) -> list[RankStatus]:
 
 
 def remove_ended(directory: Path) -> None:
-    """Remove what earlier starts left in ``directory``; the files of a run of which a rank lives stay.
+    """Remove what earlier starts left in ``directory``; the files of a run of which a rank lives stay, and those of a
+    living entrypoint.
 
     Raises:
         OSError: a file cannot be removed.
     """
-    locks = directory.glob("*-rank*.lock")
-    living = {path.name.rpartition("-rank")[0] for path in locks if lock_owner(path) is not None}
-    for suffix in (".json", ".lock", ".tmp", ".ending", ".refused"):
+    held = [path.stem for path in directory.glob("*.lock") if lock_owner(path) is not None]
+    living = {name.rpartition("-rank")[0] or name for name in held}
+    for suffix in (".json", ".lock", ".tmp", ".ending", ".refused", ".hold"):
         for path in directory.glob(f"*{suffix}"):
             if path.stem.rpartition("-rank")[0] not in living and path.stem not in living:
                 path.unlink(missing_ok=True)

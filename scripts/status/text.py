@@ -40,11 +40,19 @@ def line(snapshot: Snapshot) -> str:
     if snapshot.verdict.state == PROGRESSING and unready and len(snapshot.ranks) == snapshot.expected:
         parts = _starting(snapshot, unready)
     elif snapshot.verdict.state == READY:
-        parts = [snapshot.verdict.reason, _timings(snapshot)]
+        parts = [snapshot.verdict.reason, _timings(snapshot), compiled(snapshot)]
     else:
         parts = [snapshot.verdict.reason]
-    parts += [f"unreadable: {problem}" for problem in snapshot.problems]
+    parts += [f"trouble: {problem}" for problem in snapshot.problems]
     return f"{snapshot.verdict.state} after {duration(snapshot.elapsed_s)}: {'; '.join(filter(None, parts))}"
+
+
+def compiled(snapshot: Snapshot) -> str | None:
+    """What was compiled this start, by server where there are several; None where no entrypoint tells."""
+    texts = [(server.port, text) for server in snapshot.servers if (text := server.compiled_text()) is not None]
+    if len(texts) < 2:
+        return f"compiled this start: {texts[0][1]}" if texts else None
+    return "compiled this start: " + ", ".join(f"port {port}: {text}" for port, text in texts)
 
 
 def _starting(snapshot: Snapshot, unready: list[tuple[RankStatus, Movement]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -25,13 +26,16 @@ def vllm_metrics() -> set[str]:
 
 
 def startup_metrics(directory: Path) -> set[str]:
-    """The names that the status service exports for a rank that loads and gets ready."""
+    """The names that the status service exports for a rank that gets ready and an entrypoint that warms up."""
     from status.metrics import exposition
+    from status.server_files import ServerStatus, WarmUp
 
+    compiled = {"serving": {"Triton": {"files": 1, "bytes": 1}}}
+    server = ServerStatus(8000, "serving", 0.0, 0.0, WarmUp(1, 1, 1.0, None, False), compiled)
     seen: list[Snapshot] = []
 
     def ready(snapshot: Snapshot) -> bool:
-        seen.append(snapshot)
+        seen.append(dataclasses.replace(snapshot, servers=(server,)))
         return snapshot.verdict.state == "ready"
 
     with Ranks(directory) as ranks:
