@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.startup_cases import SCRIPTS, Ranks, Service, service
+from tests.startup_cases import SCRIPTS, Ranks, Service, collector, look_until, service, state_is
 
 # isort: split
 from launch import flags, warming
@@ -235,15 +235,31 @@ def test_without_a_status_directory_health_is_held_all_the_same(tmp_path: Path) 
         assert process.wait(PATIENCE_S) == 0
 
 
-def test_a_frozen_entrypoint_is_a_stall_and_a_dead_ones_word_is_not_believed(tmp_path: Path) -> None:
+def test_a_dead_entrypoints_word_is_not_believed(tmp_path: Path) -> None:
     with started(tmp_path, "--slow", "5") as server:
         server.until(lambda answer: "warm-up requests" in answer["reason"])
-        text = next((tmp_path / "status").glob("server-*.json")).read_text()
+        pid = server.process.pid
+        orphans = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         server.process.kill()
         server.process.wait()
-        server.until(lambda answer: not answer["servers"])
-    told = server_files.parse(text)
-    assert told.pending and "warm-up requests" in told.progress()
+        try:
+            server.until(lambda answer: not answer["servers"])
+        finally:
+            for orphan in orphans:
+                os.kill(int(orphan), signal.SIGKILL)
+
+
+def test_a_frozen_entrypoint_is_a_stall(tmp_path: Path) -> None:
+    with started(tmp_path, "--slow", "5") as server:
+        server.until(lambda answer: "groups in" in answer["reason"])
+        watch = collector(tmp_path / "status", stall_after=7.0)
+        assert watch.look().verdict.state == "progressing"
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            assert "the entrypoint has not reported for" in look_until(watch, state_is("stalled")).verdict.reason
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        assert look_until(watch, state_is("progressing")).verdict.code == 503
 
 
 @pytest.mark.parametrize(
