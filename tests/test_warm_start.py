@@ -29,7 +29,7 @@ from serving_bench.server import free_port
 from status import server_files
 
 FAKE = Path(__file__).with_name("fake_openai_server.py")
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Started:
@@ -66,6 +66,11 @@ class Started:
 
     def ready(self) -> list[tuple[int | None, dict[str, Any]]]:
         return self.until(lambda answer: answer["state"] == "ready")
+
+    def status_line(self, text: str) -> str:
+        """The status service's first line with ``text``; it writes one a second."""
+        self.until(lambda _: text in self.status.log())
+        return next(line for line in self.status.log().splitlines() if text in line)
 
 
 @contextmanager
@@ -119,13 +124,13 @@ def files(answer: dict[str, Any], stage: str) -> dict[str, int]:
 
 
 def test_ready_is_said_after_the_warm_up_and_a_second_start_compiles_nothing(tmp_path: Path) -> None:
-    with started(tmp_path, "--compile", "--slow", "0.05") as first:
+    with started(tmp_path, "--compile", "--slow", "0.1") as first:
         answers = first.ready()
         held = [answer for health, answer in answers if health == 503]
         assert held and all(answer["state"] == "progressing" and answer["code"] == 503 for answer in held)
         assert "compiled by them: DeepGEMM 5 files" in first.at_first_health, "healthy before the warm-up was over"
         sent = [answer["servers"][0]["warm_up"]["sent"] for answer in held]
-        assert sent == sorted(sent) and len(set(sent)) >= 4, "the page shows how far it is"
+        assert sent == sorted(sent) and len(set(sent)) >= 3, "the page shows how far it is"
         assert any(
             "warm-up requests: " in answer["reason"] and "all 1 ranks are ready" in answer["reason"] for answer in held
         )
@@ -135,8 +140,8 @@ def test_ready_is_said_after_the_warm_up_and_a_second_start_compiles_nothing(tmp
         assert files(last, "start") == {"Triton": 1}
         assert files(last, "warm_up") == {"DeepGEMM": 5}, "prompts of up to 256 tokens, 64 a kernel"
         assert {"name": "warm-up requests", "seconds": warm_up["seconds"]} in last["phases"]
-        line = first.status.log().splitlines()[-1]
-        assert "compiled this start: before ready Triton 1 files; by the warm-up DeepGEMM 5 files" in line
+        line = first.status_line("compiled this start")
+        assert "before ready Triton 1 files; by the warm-up DeepGEMM 5 files" in line
         families = {family.name: family for family in text_string_to_metric_families(first.status.get("/metrics")[1])}
         counted = {
             (sample.labels["stage"], sample.labels["compiler"]): sample.value
@@ -153,7 +158,7 @@ def test_ready_is_said_after_the_warm_up_and_a_second_start_compiles_nothing(tmp
     with started(tmp_path, "--compile") as second:
         last = second.ready()[-1][1]
         assert last["servers"][0]["compiled"]["start"] == last["servers"][0]["compiled"]["warm_up"] == {}
-        assert "compiled this start: nothing" in second.status.log()
+        assert "compiled this start: nothing" in second.status_line("compiled this start")
         assert "compiled by them: nothing" in second.log()
 
 
@@ -165,7 +170,7 @@ def test_what_users_make_it_compile_is_told(tmp_path: Path) -> None:
         answer = server.until(lambda answer: bool(files(answer, "serving")))[-1][1]
         assert files(answer, "serving") == {"DeepGEMM": 1} and answer["state"] == "ready"
         assert "compiled after ready: DeepGEMM 1 files" in server.log()
-        server.until(lambda _: "since ready DeepGEMM 1 files" in server.status.log())
+        server.status_line("since ready DeepGEMM 1 files")
 
 
 @pytest.mark.parametrize("mode", ["strict", "report"])
@@ -214,7 +219,7 @@ def test_the_servers_key_is_sent(tmp_path: Path, settings: dict[str, str], argum
 
 def test_without_a_status_directory_health_is_held_all_the_same(tmp_path: Path) -> None:
     port = free_port()
-    server = [sys.executable, str(FAKE), str(port), "--slow", "0.05"]
+    server = [sys.executable, str(FAKE), str(port), "--slow", "0.1"]
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import entrypoint\n"
         f"entrypoint._cpu_build = lambda: False; entrypoint.serve.command = lambda arguments: {server!r}\n"
