@@ -104,7 +104,7 @@ def test_a_stopped_rank_is_a_stall_until_it_continues(directory: Path) -> None:
         ranks.start(0, 2, "load:3000:0.02")
         frozen = ranks.start(1, 2, "load:3000:0.02")
         watch = collector(directory, stall_after=STALL_S)
-        look_until(watch, phase_is(1, "checkpoint read"))
+        look_until(watch, phase_is(1, "upload"))  # what the simulated rank writes from; reads begin between writes
         frozen.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         verdict = look_until(watch, state_is("stalled")).verdict

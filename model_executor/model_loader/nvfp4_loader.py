@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import device_loading_context
 from vllm.model_executor.nvfp4 import prepared, progress
+from vllm.model_executor.nvfp4.preparer import LayerPreparer
 from vllm.utils.mem_utils import release_device_memory_under_pressure
 
 if TYPE_CHECKING:
@@ -95,14 +96,15 @@ class Nvfp4ModelLoader(DefaultModelLoader):
             release_device_memory_under_pressure(device)
             prepared.mark(module)
 
-        self.counter_before_loading_weights = time.perf_counter()
-        # Closed also when the model raises: the thread must not outlive the load.
-        with closing(iter(reader)) as weights:
-            counted = progress.stream_weights(weights, plan, reader.counters)
-            model.load_weights(layers.deliver(counted, rename, prepare))
-        layers.check_complete()
+        self.counter_before_loading_weights = began = time.perf_counter()
+        # Closed also when the model raises: the threads must not outlive the load.
+        with LayerPreparer(prepare) as preparer, closing(iter(reader)) as weights:
+            counted = progress.stream_weights(preparer.watch(weights), plan, reader.counters)
+            model.load_weights(layers.deliver(counted, rename, preparer.submit))
+            layers.check_complete()
+            _log_reads(plan, reader, time.perf_counter() - began)
         self.counter_after_loading_weights = time.perf_counter()
-        _log(plan, reader, self.counter_after_loading_weights - self.counter_before_loading_weights)
+        _log_preparation(len(layers), preparer, self.counter_after_loading_weights - began)
 
 
 def _plan(model: torch.nn.Module, layers: ExpertLayers, files: list[Path]) -> tuple[dict[Path, Identity], ReadPlan]:
@@ -143,7 +145,7 @@ def _allocator(device: torch.device) -> Callable[[int], torch.Tensor]:
     return allocate_pinned
 
 
-def _log(plan: ReadPlan, reader: CheckpointReader, seconds: float) -> None:
+def _log_reads(plan: ReadPlan, reader: CheckpointReader, seconds: float) -> None:
     counters = reader.counters
     fetched = counters.disk_bytes + counters.cached_bytes
     through = (
@@ -163,5 +165,14 @@ def _log(plan: ReadPlan, reader: CheckpointReader, seconds: float) -> None:
         plan.skipped_bytes / 1e9,
         counters.wait_seconds,
         counters.buffer_bytes / 1e6,
+    )
+
+
+def _log_preparation(layers: int, preparer: LayerPreparer, seconds: float) -> None:
+    logger.info(
+        "Prepared and tested %d layers in %.2f s beside the reads, %.2f s of it after the last tensor",
+        layers,
+        preparer.seconds,
+        preparer.wait_seconds,
     )
     logger.info_once("Loading weights took %.2f seconds", seconds)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import status_file
+from .records import Record
 from .reporter import (
     CAPTURE,
     COMPILE,
@@ -30,7 +31,6 @@ from .reporter import (
     START,
     STOPPED,
     STOPPING,
-    Record,
     Reporter,
 )
 from .status_file import StatusFile
@@ -124,6 +124,16 @@ def stream_weights(
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Count (name, tensor) pairs of ``plan`` that a reader fetches ahead, and what it has fetched."""
     return weights if _reporter is None else _reporter.stream_weights(weights, plan, counters)
+
+
+def beside() -> contextlib.AbstractContextManager[None]:
+    """Inside a ``with`` block the calling thread works beside the rank's, and its phases do not end the rank's."""
+    return contextlib.nullcontext() if _reporter is None else _reporter.beside()
+
+
+def wait_beside() -> contextlib.AbstractContextManager[None]:
+    """Inside a ``with`` block the rank waits for a thread that works beside it, whose phases are the rank's."""
+    return contextlib.nullcontext() if _reporter is None else _reporter.wait_beside()
 
 
 def prepare_modules(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterable[tuple[str, torch.nn.Module]]:

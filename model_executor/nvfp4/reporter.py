@@ -8,9 +8,12 @@ import logging
 import re
 import resource
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from .records import Record, Track
 
 if TYPE_CHECKING:
     import torch
@@ -41,46 +44,22 @@ _MAX_HEADER_BYTES = 100 << 20
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
-class Record:
-    """One phase: when it began (Unix time), how long it took (s), and what it has done of what it has to do.
-
-    ``skipped`` is what this rank leaves to others.
-    """
-
-    __slots__ = ("done", "name", "rate", "seconds", "skipped", "started", "total")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.started = time.time()
-        self.seconds = 0.0
-        self.done = {"tensors": 0, "layers": 0, "bytes": 0}
-        self.total: dict[str, int] = {}
-        self.rate: dict[str, float] = {}
-        self.skipped: dict[str, int] = {}
-
-    def add(self, **amounts: int) -> None:
-        """Count ``amounts`` of tensors, layers or bytes as done."""
-        for unit, amount in amounts.items():
-            self.done[unit] += amount
-
-    def expect(self, **amounts: int) -> None:
-        """Add ``amounts`` of tensors, layers or bytes to what is to be done."""
-        for unit, amount in amounts.items():
-            self.total[unit] = self.total.get(unit, 0) + amount
-
-
 class Reporter:
-    """The phases of this process. They nest; time is counted to the innermost one only."""
+    """The phases of this process. They nest; time is counted to the innermost one only.
+
+    A thread that says that it works beside the rank has phases of its own. They are the rank's while that waits for it.
+    """
 
     def __init__(self, file: StatusFile) -> None:
         self.file = file
         self.records: dict[str, Record] = {}
         self.error: str | None = None
-        self._depth = 0
         self._base = WAITING
-        self._since = self._rates_at = time.perf_counter()
+        self._rates_at = time.perf_counter()
         self._rates_from: dict[str, dict[str, int]] = {}
-        self._current = self.record(START)
+        self._main = Track(self.record(START))
+        self._waits_in: Record | None = self._main.current
+        self._beside: dict[int, Track] = {}
         self._uncounted = 0
         self._refresh: Callable[[], None] | None = None
         file.run(self.state)
@@ -92,36 +71,48 @@ class Reporter:
             record = self.records[name] = Record(name)
         return record
 
-    def switch(self, record: Record) -> Record:
-        """Count time to ``record`` from now on; return the record that it was counted to."""
-        now = time.perf_counter()
-        previous = self._current
-        previous.seconds += now - self._since
-        self._since = now
-        self._current = record
-        return previous
-
     @contextlib.contextmanager
     def phase(self, name: str, then: str | None, totals: dict[str, int]) -> Iterator[Record]:
-        """Be in phase ``name``; an exception that leaves the outermost phase is what this rank fails of."""
+        """Be in phase ``name``; an exception that leaves the rank's outermost phase is what it fails of."""
         record = self.record(name)
         record.expect(**totals)
-        outer = self.switch(record)
-        self._depth += 1
+        track = self._beside.get(threading.get_ident(), self._main)
+        outer = track.switch(record)
+        track.depth += 1
         self.file.write()
         try:
             yield record
             if then is not None:
                 self._base = then
         except Exception as error:
-            if self._depth == 1:
+            if track is self._main and track.depth == 1:
                 message = (str(error).strip() or "(no message)").splitlines()[0]
                 self.error = f"{name}: {type(error).__name__}: {message}"
             raise
         finally:
-            self._depth -= 1
-            self.switch(outer if self._depth else self.record(self._base))
+            track.depth -= 1
+            if track is self._main and not track.depth:
+                outer = self.record(self._base)
+            track.switch(outer)
             self.file.write()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Give the calling thread phases of its own inside a ``with`` block."""
+        self._beside[threading.get_ident()] = Track(None)
+        try:
+            yield
+        finally:
+            del self._beside[threading.get_ident()]
+
+    @contextlib.contextmanager
+    def wait_beside(self) -> Iterator[None]:
+        """Count the time of a ``with`` block to the phases of threads beside the rank alone."""
+        self._waits_in = outer = self._main.switch(None)
+        try:
+            yield
+        finally:
+            self._main.switch(outer)
 
     def read_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], files: list[str], local_expert_ids: set[int] | None
@@ -167,16 +158,16 @@ class Reporter:
         self, weights: Iterable[tuple[str, torch.Tensor]], read: Record, upload: Record
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``weights``: time in the iterator goes to ``read``, time at the consumer and amounts to ``upload``."""
-        done = upload.done
+        done, track = upload.done, self._main
         clock = time.perf_counter
-        outer = self.switch(read)
+        outer = track.switch(read)
         self.file.write()
         try:
             for item in weights:
                 now = clock()
-                read.seconds += now - self._since
-                self._since = now
-                self._current = upload
+                read.seconds += now - track.since
+                track.since = now
+                track.current = upload
                 size = item[1].nbytes
                 yield item
                 done["bytes"] += size
@@ -184,13 +175,13 @@ class Reporter:
                 if not done["tensors"] % WRITE_EVERY:
                     self.file.write()
                 now = clock()
-                upload.seconds += now - self._since
-                self._since = now
-                self._current = read
+                upload.seconds += now - track.since
+                track.since = now
+                track.current = read
         finally:
             # A generator closed late, by the garbage collector, must not disturb the phase that runs then.
-            if self._current is read or self._current is upload:
-                self.switch(outer)
+            if track.current is read or track.current is upload:
+                track.switch(outer)
             self.file.write()
 
     def prepare_modules(self, modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -213,12 +204,13 @@ class Reporter:
         if (refresh := self._refresh) is not None:
             refresh()
         now = time.perf_counter()
-        current, span = self._current, now - self._since
+        running = [(track.current, now - track.since) for track in (self._main, *self._beside.copy().values())]
+        current = next((record for record, _ in running if record is not None), self._waits_in)
         if now - self._rates_at >= RATE_WINDOW_S:
             self._update_rates(now)
         phases = []
         for record in list(self.records.values()):
-            seconds = record.seconds + (span if record is current else 0.0)
+            seconds = record.seconds + sum(span for counted, span in running if counted is record)
             phase = {"name": record.name, "started": record.started, "seconds": round(seconds, 3)}
             phase |= {"done": record.done, "total": record.total, "rate": record.rate}
             phases.append(phase | ({"skipped": record.skipped} if record.skipped else {}))

@@ -1,9 +1,9 @@
 """One rank that only loads: python -m load_bench.rank MODEL LOAD_FORMAT RANK RANKS PORT POPULATE DIGEST. Prints JSON.
 
 POPULATE and DIGEST are 0 or 1. Makes the model in a worker of vLLM's, waits for the other ranks, then times the loader
-from the first byte to the last prepared layer. With POPULATE every page of the parameters is touched before the clock
-starts: on a GPU the parameters' memory is there before the load begins, on a CPU the system finds it page by page at
-the first write.
+from the first byte until the last tensor is in its parameter, and until the last layer is prepared. With POPULATE every
+page of the parameters is touched before the clock starts: on a GPU the parameters' memory is there before the load
+begins, on a CPU the system finds it page by page at the first write.
 """
 
 from __future__ import annotations
@@ -85,20 +85,21 @@ def main(model: str, load_format: str, rank: int, ranks: int, port: int, populat
     ).create_engine_config()
     marks: dict[str, float] = {}
     create, load = base_loader.BaseModelLoader.create_model, base_loader.BaseModelLoader.load_model
-    process = base_loader.process_weights_after_loading
 
     def create_and_start_the_clock(*arguments: object, **options: object) -> torch.nn.Module:
         made = create(*arguments, **options)
         if populate:
             for tensor in made.state_dict().values():
                 touch(tensor)
+        take = made.load_weights
+        made.load_weights = lambda weights: note_the_last_tensor(take(weights))
         torch.distributed.barrier()
         marks.update(before=anonymous_bytes(), storage=storage_bytes(), started=time.perf_counter())
         return made
 
-    def note_the_end_of_reads(*arguments: object, **options: object) -> None:
+    def note_the_last_tensor(loaded: set[str]) -> set[str]:
         marks["read"] = time.perf_counter()
-        process(*arguments, **options)
+        return loaded
 
     def note_the_end(*arguments: object, **options: object) -> torch.nn.Module:
         made = load(*arguments, **options)
@@ -107,7 +108,6 @@ def main(model: str, load_format: str, rank: int, ranks: int, port: int, populat
 
     base_loader.BaseModelLoader.create_model = create_and_start_the_clock
     base_loader.BaseModelLoader.load_model = note_the_end
-    base_loader.process_weights_after_loading = note_the_end_of_reads
     with set_current_vllm_config(config), PeakMemory() as peak:
         worker = CPUWorker(config, rank, rank, f"tcp://127.0.0.1:{port}", is_driver_worker=rank == 0)
         worker.init_device()

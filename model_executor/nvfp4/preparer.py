@@ -1,0 +1,106 @@
+"""Prepares full layers on a thread of its own, one at a time, while the loader brings in the tensors of others."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from . import progress
+
+Item = TypeVar("Item")
+
+
+class LayerPreparer:
+    """``with LayerPreparer(prepare) as preparer: ... preparer.submit(layer)``; all are prepared when the block is left.
+
+    A block that is left by an exception waits for the layer at hand and drops the others: the thread never outlives it.
+    Layers that wait take no memory beyond their parameters; scratch is that of one layer.
+
+    Attributes:
+        seconds: spent preparing. wait_seconds: how long the end of the block waited for it.
+    """
+
+    def __init__(self, prepare: Callable[[torch.nn.Module], None]) -> None:
+        """``prepare`` runs with the default device, the current GPU and the modes of the thread that calls this."""
+        self.seconds = self.wait_seconds = 0.0
+        self._prepare = prepare
+        self._layers: queue.SimpleQueue[torch.nn.Module | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._stopped = False
+        state = contextvars.copy_context()
+        self._thread = threading.Thread(
+            target=state.run, args=(self._run, _Modes()), name="layer-preparation", daemon=True
+        )
+
+    def __enter__(self) -> LayerPreparer:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped = kind is not None
+        self._layers.put(None)
+        began = time.perf_counter()
+        try:
+            with progress.wait_beside():
+                self._thread.join()
+        finally:
+            self._stopped = True  # a signal's exception may have ended the wait
+            self._thread.join()
+            self.wait_seconds = time.perf_counter() - began
+        if kind is None:
+            self.check()
+
+    def submit(self, layer: torch.nn.Module) -> None:
+        """Have ``layer``, which has all its tensors, prepared after those submitted before it."""
+        self._layers.put(layer)
+
+    def check(self) -> None:
+        """Raise the exception that ended the preparation of a layer, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield ``items`` until a layer's preparation fails; then raise what it failed of."""
+        for item in items:
+            self.check()
+            yield item
+
+    def _run(self, modes: _Modes) -> None:
+        try:
+            with modes, progress.beside():
+                while (layer := self._layers.get()) is not None and not self._stopped:
+                    began = time.perf_counter()
+                    self._prepare(layer)
+                    self.seconds += time.perf_counter() - began
+        except BaseException as error:
+            self._error = error
+
+
+class _Modes:
+    """What PyTorch keeps for each thread, as it was where this was made."""
+
+    def __init__(self) -> None:
+        self._device = torch.get_default_device()
+        self._grad = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def __enter__(self) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+        self._entered = (torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad), self._device)
+        for mode in self._entered:
+            mode.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        for mode in reversed(self._entered):
+            mode.__exit__(*exception)
