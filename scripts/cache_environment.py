@@ -32,7 +32,7 @@ class Compiler:
 
 
 # FlashInfer appends .cache/flashinfer to its directory. vLLM's holds the graphs of torch.compile and what FlashInfer's
-# autotuner found. CuTe DSL's holds what @jit functions compile at a call; cute.compile, vLLM's way, keeps nothing.
+# autotuner found. CuTe DSL's holds what @jit functions compile at a call, and in compiled/ what cute.compile does.
 COMPILERS = (
     Compiler("own kernels", "NVFP4_MEGAMOE_CACHE", "nvfp4_megamoe"),
     Compiler("vLLM", "VLLM_CACHE_ROOT", "vllm"),
