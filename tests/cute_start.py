@@ -1,9 +1,9 @@
 """A start in small: ``python cute_start.py REQUEST`` compiles CuTe DSL functions as vLLM does.
 
 REQUEST is JSON: ``cases``, each with ``file`` (Python source), ``function`` (``launch`` is for the GPU, ``host`` runs),
-``size``, ``factor``, ``dtype`` and ``options``; ``forbid``: the compiler's passes raise. CUTE_DSL_ARCH names the GPU;
-none is needed. Prints a line of JSON for each case: ``object``, the hash of its code for host and GPU, and ``result``
-of a function that ran, or ``error``. Logs go to stderr.
+``size``, ``factor``, ``dtype``, ``options`` and ``plain`` (without TVM FFI); ``forbid``: the compiler's passes raise.
+CUTE_DSL_ARCH names the GPU; none is needed. Prints a line of JSON for each case: ``object``, the hash of its code for
+host and GPU, and ``result`` of a function that ran, or ``error``. Logs go to stderr.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def compiled(case: dict) -> dict:
     from tvm_ffi import from_dlpack as argument
 
     module, size, factor = imported(Path(case["file"])), case["size"], case["factor"]
-    options = f"--enable-tvm-ffi {case.get('options', '')}"
+    plain = case.get("plain", False)
+    options = case.get("options", "") + ("" if plain else " --enable-tvm-ffi")
     source, target = np.arange(size, dtype=np.float32), np.zeros(size, np.float32)
     if case["function"] == "host":
         function = cute.compile(module.host, from_dlpack(source), from_dlpack(target), factor, options=options)
-        function(argument(source), argument(target))
+        pack = from_dlpack if plain else argument
+        function(pack(source), pack(target))
     else:
         tensor = cute.runtime.make_fake_compact_tensor(
             getattr(cutlass, case.get("dtype", "Float32")), (size,), assumed_align=16

@@ -116,20 +116,23 @@ def _key(module: Any, pipeline: str, options: Mapping[str, Any]) -> bytes:
     Raises:
         NotKeptError: the result is not a function of what is known here.
     """
+    compiler, forbidden = _compiler()
+    if forbidden:
+        raise NotKeptError("the environment forbids the DSL's caches")
     if found := _EFFECTS.search(pipeline):
         raise NotKeptError(f"option {found[1]} has an effect beside the result")
     if found := [name for name in _MESSAGES if options.get(name)]:
         raise NotKeptError(f"{found[0]} asks for the compiler's messages")
     environment = repr([os.environ.get(name) for name in _ENVIRONMENT])
     digest = hashlib.sha256(MAGIC)
-    for part in (_compiler().encode(), environment.encode(), pipeline.encode(), _bytecode(module)):
+    for part in (compiler.encode(), environment.encode(), pipeline.encode(), _bytecode(module)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
 
 
 @functools.cache
-def _compiler() -> str:
-    """The DSL's own hash of its library and sources.
+def _compiler() -> tuple[str, bool]:
+    """The DSL's own hash of its library and sources, and whether CUTE_DSL_(NO_CACHE|DISABLE_FILE_CACHING) is set.
 
     Raises:
         NotKeptError: it cannot tell.
@@ -138,7 +141,8 @@ def _compiler() -> str:
     from cutlass.cutlass_dsl import CuTeDSL
 
     try:
-        return CuTeDSL._get_dsl().get_version().hexdigest()
+        dsl = CuTeDSL._get_dsl()
+        return dsl.get_version().hexdigest(), dsl.envar.no_cache or dsl.envar.disable_file_caching
     except (AttributeError, DSLRuntimeError) as error:
         raise NotKeptError(f"nvidia-cutlass-dsl does not tell its version: {error}") from error
 
