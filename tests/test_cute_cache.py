@@ -187,21 +187,29 @@ def test_a_directory_that_cannot_be_written_does_not_stop_a_start(starts):
     assert "is not kept, and the next start compiles it again" in log
 
 
-def test_another_compilers_interface_is_left_alone(tmp_path, monkeypatch, caplog):
-    class Compiler:
-        def compile(self, source):
-            return source
+class OtherCompiler:
+    def compile(self, source):
+        return source
 
+
+@pytest.mark.parametrize(
+    ("content", "difference"),
+    [
+        ({"Compiler": OtherCompiler}, "takes ['self', 'source'], expected ['self', 'module', 'pipeline']"),
+        ({}, "has no cutlass.base_dsl.compiler.Compiler"),
+    ],
+)
+def test_another_compilers_interface_is_left_alone(tmp_path, monkeypatch, caplog, content, difference):
     for name in ("cutlass", "cutlass.base_dsl"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "cutlass.base_dsl.compiler", SimpleNamespace(Compiler=Compiler))
+    monkeypatch.setitem(sys.modules, "cutlass.base_dsl.compiler", SimpleNamespace(**content))
     monkeypatch.setattr(cute_cache, "find_spec", lambda name: object())
     monkeypatch.setenv(cute_cache.VARIABLE, str(tmp_path))
-    stock = Compiler.compile
+    stock = OtherCompiler.compile
     with caplog.at_level(logging.WARNING):
         assert not cute_cache.install()
-    assert Compiler.compile is stock
-    assert "takes ['self', 'source'], expected ['self', 'module', 'pipeline']" in caplog.text
+    assert OtherCompiler.compile is stock
+    assert difference in caplog.text
 
 
 def test_without_the_compiler_nothing_happens(monkeypatch):

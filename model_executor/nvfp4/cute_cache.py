@@ -56,22 +56,27 @@ def install() -> bool:
     if not folder:
         logger.info("CuTe DSL kernels are compiled anew by every start: %s is not set", VARIABLE)
         return False
-    from cutlass.base_dsl.compiler import Compiler
-
+    try:
+        from cutlass.base_dsl.compiler import Compiler
+    except ImportError as error:
+        return _foreign(f"has no cutlass.base_dsl.compiler.Compiler ({error})")
     if hasattr(Compiler.compile, "kept_in"):
         return True
     expected = ["self", "module", "pipeline"]
     if (found := list(inspect.signature(Compiler.compile).parameters)[:3]) != expected:
-        logger.warning(
-            "CuTe DSL kernels are compiled anew by every start, and not counted: Compiler.compile of the installed "
-            "nvidia-cutlass-dsl takes %s, expected %s (4.8.0)",
-            found,
-            expected,
-        )
-        return False
+        return _foreign(f"has a Compiler.compile that takes {found}, expected {expected}")
     Compiler.compile = _kept(Compiler.compile, Path(folder, FOLDER))
     logger.info("CuTe DSL kernels are kept in %s", Path(folder, FOLDER))
     return True
+
+
+def _foreign(difference: str) -> bool:
+    logger.warning(
+        "CuTe DSL kernels are compiled anew by every start, and not counted: expected nvidia-cutlass-dsl 4.8.0, the "
+        "installed one %s",
+        difference,
+    )
+    return False
 
 
 def _kept(compile_module: Callable[..., Any], folder: Path) -> Callable[..., Any]:
@@ -79,27 +84,13 @@ def _kept(compile_module: Callable[..., Any], folder: Path) -> Callable[..., Any
 
     @functools.wraps(compile_module)
     def compile_or_load(self: Any, module: Any, pipeline: str, *args: Any, **kwargs: Any) -> Any:
+        compile_now = functools.partial(compile_module, self, module, pipeline, *args, **kwargs)
         if "cute-to-nvvm" not in pipeline:  # lowers for a dump, in place
-            return compile_module(self, module, pipeline, *args, **kwargs)
+            return compile_now()
         # The hook adds the entry that checks this process's arguments: after loading as after compiling.
         hook, self._post_compile_hook = self._post_compile_hook, None
         try:
-            try:
-                key, reason = _key(module, pipeline, kwargs), None
-            except NotKeptError as error:
-                key, reason = None, str(error)
-            path = None if key is None else folder / f"{key.hex()}.mlirbc"
-            compiled = None if path is None else _load(path, key)
-            if compiled is None:
-                start = time.perf_counter()
-                name = _name(module)
-                compiled = compile_module(self, module, pipeline, *args, **kwargs)
-                logger.info("CuTe DSL compiled %s in %.2f s%s", name, time.perf_counter() - start, _because(reason))
-                if path is None:
-                    _write(folder / f"not-kept-{name}.txt", reason.encode())
-                else:
-                    payload = _bytecode(compiled)
-                    _write(path, MAGIC + key + hashlib.sha256(payload).digest() + payload)
+            compiled = _load_or(compile_now, folder, module, pipeline, kwargs)
         finally:
             self._post_compile_hook = hook
         if hook:
@@ -108,6 +99,33 @@ def _kept(compile_module: Callable[..., Any], folder: Path) -> Callable[..., Any
 
     compile_or_load.kept_in = folder
     return compile_or_load
+
+
+def _load_or(
+    compile_now: Callable[[], Any], folder: Path, module: Any, pipeline: str, options: Mapping[str, Any]
+) -> Any:
+    """What ``folder`` keeps, else the result of ``compile_now``, which changes ``module``; that leaves a file."""
+    name = _name(module)
+    try:
+        key = _key(module, pipeline, options)
+    except NotKeptError as error:
+        compiled = _timed(compile_now, name, f"; it is not kept: {error}")
+        _write(folder / f"not-kept-{name}.txt", str(error).encode())
+        return compiled
+    path = folder / f"{key.hex()}.mlirbc"
+    compiled = _load(path, key)
+    if compiled is None:
+        compiled = _timed(compile_now, name)
+        payload = _bytecode(compiled)
+        _write(path, MAGIC + key + hashlib.sha256(payload).digest() + payload)
+    return compiled
+
+
+def _timed(compile_now: Callable[[], Any], name: str, note: str = "") -> Any:
+    start = time.perf_counter()
+    compiled = compile_now()
+    logger.info("CuTe DSL compiled %s in %.2f s%s", name, time.perf_counter() - start, note)
+    return compiled
 
 
 def _key(module: Any, pipeline: str, options: Mapping[str, Any]) -> bytes:
@@ -190,7 +208,3 @@ def _name(module: Any) -> str:
     operations = (each.operation for each in module.body.operations)
     names = [str(each.attributes["sym_name"]) for each in operations if each.name == "func.func"]
     return re.sub(r"\W+", "_", names[-1] if names else "unnamed").strip("_").removeprefix("cutlass_")[:80]
-
-
-def _because(reason: str | None) -> str:
-    return f"; it is not kept: {reason}" if reason else ""
