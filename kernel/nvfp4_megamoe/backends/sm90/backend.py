@@ -72,8 +72,10 @@ class Sm90Backend:
     name = "sm90"
     precisions = tuple(POLICIES)
 
-    def __init__(self, geometry: MoEGeometry, precision: str | None = None) -> None:
+    def __init__(self, geometry: MoEGeometry, precision: str | None = None, kernels: ctypes.CDLL | None = None) -> None:
+        """``kernels``: a library of ``library.open_library`` to measure; serving has ``library.load``'s."""
         self.geometry = geometry
+        self._kernels = kernels
         self.precision = precision or "auto"
         self.thresholds = POLICIES[self.precision]
         self.limit = math.inf if geometry.swiglu_limit is None else float(geometry.swiglu_limit)
@@ -101,7 +103,7 @@ class Sm90Backend:
             tensor = getattr(weights, name)
             if not tensor.is_cuda or not tensor.is_contiguous() or tensor.data_ptr() % 16:
                 raise UnsupportedError(f"{name} must be a contiguous CUDA tensor aligned to 16 bytes")
-        lib = library.load()
+        lib = self._kernels or library.load()
         with torch.cuda.device(weights.w13.device):
             stream = torch.cuda.current_stream().cuda_stream
             largest = max(rows * hidden, hidden * intermediate)
@@ -113,7 +115,7 @@ class Sm90Backend:
                 code = lib.nvfp4_sm90_repack(
                     values.data_ptr(), scales.data_ptr(), experts, n, k, gate_up, scratch.data_ptr(), stream
                 )
-                library.check(code, "repacking weights")
+                library.check(lib, code, "repacking weights")
             torch.cuda.current_stream().synchronize()
             self.grid = torch.cuda.get_device_properties(weights.w13.device).multi_processor_count
         self.weights = weights
@@ -180,7 +182,7 @@ class Sm90Backend:
             return
         base = -(-workspace.data_ptr() // ALIGN) * ALIGN
         experts = self.num_experts if expert_map is None else expert_map.numel()
-        lib, stream = library.load(), torch.cuda.current_stream(x.device).cuda_stream
+        lib, stream = self._kernels or library.load(), torch.cuda.current_stream(x.device).cuda_stream
         for begin in range(0, tokens, MAX_CHUNK):
             count = min(MAX_CHUNK, tokens - begin)
             offsets, size = self._regions(count * top_k)
@@ -218,7 +220,7 @@ class Sm90Backend:
                 num_flags=2 * MAX_WARPGROUPS * self.grid,
                 limit=self.limit,
             )
-            library.check(lib.nvfp4_sm90_forward(ctypes.byref(args), stream), "the MoE layer's launch")
+            library.check(lib, lib.nvfp4_sm90_forward(ctypes.byref(args), stream), "the MoE layer's launch")
 
     def _check(self, x, topk_ids, topk_weights, expert_map, out, workspace) -> None:
         tokens = topk_ids.shape[0]

@@ -98,8 +98,9 @@ def report_problems(report: str) -> list[str]:
     """Lines of ptxas' report that say wgmma was serialized, and kernels that spill more than MAX_SPILL bytes."""
     problems = [line.strip() for line in report.splitlines() if "Potential Performance Loss" in line]
     for name, use in kernel_resources(report).items():
-        if max(use.get("spill_stores", 0), use.get("spill_loads", 0)) > MAX_SPILL:
-            problems.append(f"{name} spills {use['spill_stores']} bytes, at most {MAX_SPILL} are allowed")
+        spilled = max(use.get("spill_stores", 0), use.get("spill_loads", 0))
+        if spilled > MAX_SPILL:
+            problems.append(f"{name} spills {spilled} bytes, at most {MAX_SPILL} are allowed")
     return problems
 
 
@@ -131,7 +132,7 @@ def main() -> int:
         return 1
     for name, use in sorted(kernel_resources(report).items()):
         print(f"{use.get('registers', 0):4d} registers  {use.get('spill_stores', 0):4d} spilled bytes  {name}")
-    print(f"wrote {output}")
+    print(f"wrote {output}, sources {sources_digest()}")
     return 0
 
 

@@ -38,12 +38,16 @@ def library_path() -> Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Load the library once a process.
+    """Load the library that serves, once a process. Raises as :func:`open_library`."""
+    return open_library(library_path(), sources_digest())
+
+
+def open_library(path: Path, sources: str) -> ctypes.CDLL:
+    """Load the library at ``path``, which must have been built from ``sources`` (``build.sources_digest``).
 
     Raises:
-        UnsupportedError: it has not been built, cannot be loaded, or was built from other sources than these.
+        UnsupportedError: it has not been built, cannot be loaded, or was built from other sources.
     """
-    path = library_path()
     if not path.exists():
         raise UnsupportedError(f"{path} does not exist: {REBUILD}")
     try:
@@ -52,8 +56,8 @@ def load() -> ctypes.CDLL:
         made_from = lib.nvfp4_sm90_sources().decode()
     except (OSError, AttributeError) as error:
         raise UnsupportedError(f"{path} is not a library of these kernels ({error}): {REBUILD}") from error
-    if made_from != sources_digest():
-        raise UnsupportedError(f"{path} was built from sources {made_from}, expected {sources_digest()}: {REBUILD}")
+    if made_from != sources:
+        raise UnsupportedError(f"{path} was built from sources {made_from}, expected {sources}: {REBUILD}")
     lib.nvfp4_sm90_forward.argtypes = [ctypes.POINTER(ForwardArgs), ctypes.c_void_p]
     lib.nvfp4_sm90_forward.restype = ctypes.c_int
     lib.nvfp4_sm90_repack.argtypes = [
@@ -71,7 +75,7 @@ def load() -> ctypes.CDLL:
     return lib
 
 
-def check(code: int, what: str) -> None:
+def check(lib: ctypes.CDLL, code: int, what: str) -> None:
     """Raise RuntimeError with CUDA's own words where ``code`` is not success."""
     if code != 0:
-        raise RuntimeError(f"{what}: CUDA error {code}, {load().nvfp4_sm90_error(code).decode()}")
+        raise RuntimeError(f"{what}: CUDA error {code}, {lib.nvfp4_sm90_error(code).decode()}")
