@@ -19,7 +19,8 @@ from sm90_cases import FAULTS, GEOMETRIES, MARKS, ROUTINGS, clone, on_gpu, prepa
 pytestmark = MARKS
 
 # Against an oracle that rounds alike. What remains: bf16, wgmma's sums of e4m3, the roundings that these tip over.
-ALIKE, ALIKE_WORST = 0.02, 0.08
+# Of few rows the whole is hardly better than the worst, whose limit it then has.
+ALIKE, ALIKE_WORST, FEW_ROWS = 0.02, 0.08, 8
 # Against exact activations and weights: both projections in e4m3, and the second alone.
 BUDGET = {"w4a8": 0.07, "second": 0.05}
 MODES = {"w4a8": (0.0, 0.0), "second": (backend.NEVER, 0.0), "first": (0.0, backend.NEVER)}
@@ -40,7 +41,8 @@ def variants_of(mode: str) -> list[tuple[int | None, int | None]]:
 def assert_alike(out: torch.Tensor, expected: torch.Tensor) -> None:
     error, worst = relative_l2(out, expected), worst_row(out, expected)[1]
     print(f"alike {error:.5f} worst {worst:.5f}")
-    assert error <= ALIKE and worst <= ALIKE_WORST, (error, worst)
+    limit = ALIKE if len(out) >= FEW_ROWS else ALIKE_WORST
+    assert error <= limit and worst <= ALIKE_WORST, (error, worst)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -99,8 +99,10 @@ def test_repacking_kernel_agrees_with_the_layout(rng: torch.Generator) -> None:
         for e in range(geometry.num_local_experts):
             packed = getattr(own.weights, name)[e].cpu().flatten()
             packed_scale = getattr(own.weights, f"{name}_scale")[e].cpu().view(torch.uint8).flatten()
-            assert torch.equal(packed, layout.pack_values(values[e], scales[e], gate_up))
-            assert torch.equal(packed_scale, layout.pack_scales(scales[e], gate_up))
+            rows, k = values.shape[1], values.shape[2] * 2
+            expected = layout.pack_values(values[e], scales[e], gate_up), layout.pack_scales(scales[e], gate_up)
+            assert torch.equal(packed, layout.side_by_side(expected[0], rows, k))
+            assert torch.equal(packed_scale, layout.side_by_side(expected[1], rows, k))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -129,3 +129,14 @@ def test_the_device_functions_on_the_host(rng: torch.Generator, tmp_path: Path) 
         half, pair, j = place // 8, (place % 8) // 2, place % 2
         byte = (decoded[:, 2 * half + j] >> (8 * pair)) & 255
         assert torch.equal(byte, (codes[:, place] & 7) | ((codes[:, place] & 8) << 4)), place
+
+
+def test_units_side_by_side_keep_each_block_whole(rng: torch.Generator) -> None:
+    units, kblocks, size = 6, 3, 5
+    blocks = torch.randint(0, 256, (units, kblocks, size), generator=rng, dtype=torch.uint8)
+    out = layout.side_by_side(blocks.flatten(), units * layout.UNIT_ROWS, kblocks * 128).view(-1, size)
+    for unit in range(units):
+        first = unit // 4 * 4
+        for kb in range(kblocks):
+            place = first * kblocks + kb * min(4, units - first) + unit - first
+            assert torch.equal(out[place], blocks[unit, kb])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import copies, floats, integers, loads, mbarrier, mma, synchronize, tensor_copies, tmem  # noqa: F401
+from . import copies, floats, integers, loads, mbarrier, mma, synchronize, tensor_copies, tmem, wgmma  # noqa: F401
 from .errors import BarrierError, Deadlock, ModelError, OutOfBounds
 from .isa import NOT_READY, decode
 from .memory import WINDOW_BITS, GlobalMemory, SharedMemory

@@ -81,14 +81,18 @@ class SharedMemory:
         if offset < 0 or offset + size > self.data.size:
             raise OutOfBounds(f"shared access of {size} bytes at {offset:#x}, the block has {self.data.size:#x}")
 
-    def read(self, index: np.ndarray, asynchronous: bool = False) -> np.ndarray:
-        """Bytes at ``index`` of any shape; ``asynchronous`` reads go through the asynchronous proxy."""
+    def read(self, index: np.ndarray, asynchronous: bool = False, unwritten: bool = False) -> np.ndarray:
+        """Bytes at ``index`` of any shape; ``asynchronous`` reads go through the asynchronous proxy.
+
+        ``unwritten``: bytes that were never written may be among them, for an operand whose padding is of no account.
+        """
         if index.size and (int(index.min()) < 0 or int(index.max()) >= self.data.size):
             raise OutOfBounds(f"shared access at {int(index.max()):#x}, the block has {self.data.size:#x} bytes")
         if self.strict:
             state = self.state[index]
-            if not (state == DEFINED).all():
-                at = int(index[state != DEFINED][0])
+            wrong = state == IN_FLIGHT if unwritten else state != DEFINED
+            if wrong.any():
+                at = int(index[wrong][0])
                 what = "is still being written" if self.state[at] == IN_FLIGHT else "was never written"
                 raise UndefinedRead(f"shared byte {at:#x} {what}")
         if asynchronous and self.proxies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 UNIT_ROWS = 128
+UNITS_TOGETHER = 4  # the last group of an expert may have fewer
 # Mantissa bit of each pair of a block in the two words' common numbering; by it modulo 6 a pair lies in the first word
 # (0), in the second (2) or, by SHARED_MASK, in both (4).
 PAIR_AT = (0, 4, 8, 12, 2, 6, 10, 14)
@@ -32,7 +33,7 @@ def unit_rows(rows: int, gate_up: bool) -> torch.Tensor:
 
 
 def pack_values(packed: torch.Tensor, scale: torch.Tensor, gate_up: bool) -> torch.Tensor:
-    """uint8 [rows, K / 2], low nibble first, to uint8 [rows * K / 2] in packed order; blocks of scale 0 become 0."""
+    """uint8 [rows, K / 2], low nibble first, to uint8 [rows * K / 2] by unit; blocks of scale 0 become 0."""
     rows, half = packed.shape
     codes = torch.stack((packed & 15, packed >> 4), -1).view(rows, half * 2).long()
     codes = codes * (scale.view(torch.uint8) & 0x7F != 0).repeat_interleave(16, dim=1)
@@ -59,6 +60,12 @@ def pack_scales(scale: torch.Tensor, gate_up: bool) -> torch.Tensor:
     # [unit, m, warp, row half, group, k128, k64, block] to [unit, k128, warp, group, block, k64, row half, m]
     code = code[unit_rows(scale.shape[0], gate_up).flatten()].view(-1, 2, 4, 2, 8, scale.shape[1] // 8, 2, 4)
     return code.permute(0, 5, 2, 4, 7, 6, 3, 1).contiguous().flatten()
+
+
+def side_by_side(packed: torch.Tensor, rows: int, k: int) -> torch.Tensor:
+    """One expert's packed values or scales from [unit][k128] to [UNITS_TOGETHER units][k128][unit]: ``block_index``."""
+    groups = packed.view(rows // UNIT_ROWS, k // 128, -1).split(UNITS_TOGETHER)
+    return torch.cat([group.transpose(0, 1).flatten() for group in groups])
 
 
 def decode(values: torch.Tensor, scales: torch.Tensor, rows: int, k: int, gate_up: bool) -> torch.Tensor:

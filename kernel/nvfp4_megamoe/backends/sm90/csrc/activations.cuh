@@ -59,17 +59,19 @@ struct PermuteParams {
     int topk, hidden, capacity;
 };
 
-constexpr int kPermuteThreads = 128;
+constexpr int kPermuteThreads = 256;
+constexpr int kQuantizeThreads = 128;
 
 // Largest magnitude of the CTA's `value`s. NaN is ignored: it stays NaN when it is rounded.
+template <int THREADS>
 __device__ __forceinline__ float block_max(float value) {
-    __shared__ float of_warp[kPermuteThreads / 32];
+    __shared__ float of_warp[THREADS / 32];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
     if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x / 32] = value;
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < kPermuteThreads / 32; ++w) value = fmaxf(value, of_warp[w]);
+    for (int w = 0; w < THREADS / 32; ++w) value = fmaxf(value, of_warp[w]);
     return value;
 }
 __device__ __forceinline__ float max_of(float value, const uint32_t (&word)[4][4]) {
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_c
             load_half_segment(row, item, word);
             amax = max_of(amax, word);
         }
-        scale = e4m3_scale(block_max(amax));
+        scale = e4m3_scale(block_max<kPermuteThreads>(amax));
         for (int k = threadIdx.x; k < p.topk; k += kPermuteThreads)
             if (slots[k] >= 0) p.scale[slots[k]] = scale;
     }
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_c
         const int item = item0 + threadIdx.x;
         uint4 chunk[kChunks] = {};
         if (item < items) {
-            load_half_segment(row, item, word);
+            if (PRECISION == kBf16 || items > kPermuteThreads) load_half_segment(row, item, word);   // else `word` is still the item's
             if constexpr (PRECISION == kE4m3) {
                 quantize_half_segment(word, 1.f / scale, chunk);
             } else {
@@ -157,7 +159,7 @@ struct QuantizeParams {
 
 // Quantizes the intermediate of one (token, k) pair's slot in place: e4m3 segments take the room of bf16 segments with half their
 // number, which the CTA has read by then. Grid [pairs].
-__global__ void __launch_bounds__(kPermuteThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
     grid_wait();
     grid_launch_dependents();
     const int slot = p.inverse[blockIdx.x];
@@ -176,16 +178,18 @@ __global__ void __launch_bounds__(kPermuteThreads) quantize_kernel(const __grid_
         }
     };
     float amax = 0.f;
-    for (int item = threadIdx.x; item < items; item += kPermuteThreads) {
+    for (int item = threadIdx.x; item < items; item += kQuantizeThreads) {
         load(item);
         amax = max_of(amax, word);
     }
-    const float scale = e4m3_scale(block_max(amax));
+    const float scale = e4m3_scale(block_max<kQuantizeThreads>(amax));
     if (threadIdx.x == 0) p.scale[slot] = scale;
-    for (int item0 = 0; item0 < items; item0 += kPermuteThreads) {
+    for (int item0 = 0; item0 < items; item0 += kQuantizeThreads) {
         const int item = item0 + threadIdx.x;
-        if (item < items) load(item);
-        __syncthreads();   // what is overwritten below has been read
+        if (items > kQuantizeThreads) {   // else `word` is still the item's
+            if (item < items) load(item);
+            __syncthreads();   // what is overwritten below has been read
+        }
         uint4 chunk[2];
         quantize_half_segment(word, 1.f / scale, chunk);
         interleave_chunks(chunk, item & 1);

@@ -7,6 +7,9 @@
 #include "route.cuh"
 
 namespace sm90 {
+// Of this library alone: a process may hold several (benchmarks/sm90_variants.py), and the dynamic linker gives a template's static
+// variables to all of them.
+namespace {
 
 template <typename... Params, typename Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int smem, cudaStream_t stream, bool overlap, const Args& args) {
@@ -64,6 +67,7 @@ cudaError_t launch_gemm(int e4m3, int variant, const GemmParams& p, int grid, cu
     return e4m3 ? launch_e4m3<PHASE>(variant, p, grid, stream) : launch_bf16<PHASE>(variant, p, grid, stream);
 }
 
+}  // namespace
 }  // namespace sm90
 
 extern "C" {
@@ -126,7 +130,7 @@ int nvfp4_sm90_forward(const Nvfp4Sm90Forward* a, void* stream_) {
     if (error != cudaSuccess) return error;
     if (a->e4m3_second) {
         QuantizeParams quantize = {a->intermediate, a->inverse, a->act_scale, a->intermediate_size, a->capacity};
-        error = launch(quantize_kernel, dim3(a->tokens * a->topk), kPermuteThreads, 0, stream, true, quantize);
+        error = launch(quantize_kernel, dim3(a->tokens * a->topk), kQuantizeThreads, 0, stream, true, quantize);
         if (error != cudaSuccess) return error;
     }
     g.act = a->intermediate;

@@ -21,8 +21,8 @@ struct GemmParams {
     const int* order;           // [capacity] flat index t * topk + k of a slot
     const int* offsets;         // [E + 1] first slot of every expert, a multiple of 8
     const int* counts;          // [E]
-    const uint8_t* values;      // [E, units, kblocks, kUnitValueBytes]
-    const uint8_t* scales;      // [E, units, kblocks, kUnitScaleBytes]
+    const uint8_t* values;      // [E, units * kblocks, kUnitValueBytes], see block_index
+    const uint8_t* scales;      // [E, units * kblocks, kUnitScaleBytes]
     const float* alpha;         // kGateUp: [E, 2]; kDown: [E]
     __nv_bfloat16* out;         // kGateUp: tiled by slot; kDown: [capacity, out_stride]
     float* partial;             // [grid, NWG, 128 threads * TILES * NMAX / 2]
@@ -69,7 +69,11 @@ struct Gemm {
     static constexpr int kPartial = 128 * TILES * NMAX / 2;           // floats of a warpgroup's accumulators
     static_assert(S >= 3);
     static_assert(PRECISION == kBf16 || NMAX > 32);
+    static_assert(kUnitsTogether % kUnits == 0);   // so that a CTA's units of a k block are one piece
     static constexpr bool kNarrow = NMAX > 32;   // one 64-row tile per wgmma group: half the fragment registers
+    // What a stage reads first is read before the last group of the stage before, which hides its latency; what was read too early is read
+    // again. Where a warpgroup has two tiles, it has enough to do meanwhile, and too few registers.
+    static constexpr bool kReadAhead = TILES == 1;
 
     struct Shared {
         uint32_t stages, full, empty, staging, magnitudes, slot_scales;
@@ -87,23 +91,28 @@ struct Gemm {
     };
 
     // ---- producer ----
-    static __device__ __forceinline__ void load_weights(const GemmParams& p, const Tile& t, int kb, uint32_t base, uint32_t full, uint64_t policy) {
-        const int unit0 = t.row_tile * kUnits;
-        const size_t block = (size_t(t.expert) * p.units + unit0) * p.kblocks + kb;
-        const int units = min(kUnits, p.units - unit0);
-        for (int u = 0; u < units; ++u) {
-            const size_t b = block + size_t(u) * p.kblocks;
-            bulk_load(base + u * kUnitValueBytes, p.values + b * kUnitValueBytes, kUnitValueBytes, full, policy);
-            bulk_load(base + Plan::kValues + u * kUnitScaleBytes, p.scales + b * kUnitScaleBytes, kUnitScaleBytes, full, policy);
-        }
+    static __device__ __forceinline__ void load_weights(const GemmParams& p, const Tile& t, int kb, uint32_t base, uint32_t full,
+                                                        uint64_t policy) {
+        const int unit0 = t.row_tile * kUnits, units = min(kUnits, p.units - unit0);
+        const size_t block = size_t(t.expert) * p.units * p.kblocks + block_index(p.units, p.kblocks, unit0, kb);
+        bulk_load(base, p.values + block * kUnitValueBytes, units * kUnitValueBytes, full, policy);
+        bulk_load(base + Plan::kValues, p.scales + block * kUnitScaleBytes, units * kUnitScaleBytes, full, policy);
     }
 
-    // Activations tiled by slot: one thread does it all.
+    static __device__ __forceinline__ void load_activations(const GemmParams& p, const Tile& t, int kb, uint32_t base, uint32_t full,
+                                                            uint64_t policy) {
+        const char* act = reinterpret_cast<const char*>(p.act);
+        for (int part = 0; part < Plan::kActParts; ++part)
+            bulk_load(base + Plan::kValues + Plan::kScales + part * Plan::kActPart,
+                      act + slot_chunk(p.capacity, t.slot0, (Plan::kActParts * kb + part) * 8), (t.rows + 7) / 8 * 1024, full, policy);
+    }
+
+    // Activations tiled by slot: one thread does it all. Weights may be read before the previous kernel has written the activations, so
+    // the ring, at first empty, is filled with them before the wait for that kernel.
     static __device__ __forceinline__ void produce_tiled(const GemmParams& p, const Shared& sh, const ScheduleTables& sched) {
         if (threadIdx.x != NWG * 128) return;
         const uint64_t policy = NMAX > 64 ? policy_normal() : policy_evict_first();
         const uint64_t keep = policy_evict_last();
-        const char* act = reinterpret_cast<const char*>(p.act);
         Ring ring;
         Cursor cursor;
         Tile t;
@@ -112,19 +121,29 @@ struct Gemm {
             const uint32_t act_bytes = (t.rows + 7) / 8 * 1024;
             const uint32_t weight_bytes = min(kUnits, p.units - t.row_tile * kUnits) * (kUnitValueBytes + kUnitScaleBytes);
             const uint32_t bytes = weight_bytes + Plan::kActParts * act_bytes;
-            for (int kb = t.kb0; kb < t.kb1; ++kb) {
+            int kb = t.kb0;
+            if (first) {
+                first = false;
+                const int filled = min(S, t.kb1 - kb);
+#pragma unroll 1
+                for (int i = 0; i < filled; ++i) {
+                    mbar_expect_tx(sh.full + i * 8, bytes);
+                    load_weights(p, t, kb + i, sh.stages + i * Plan::kStage, sh.full + i * 8, policy);
+                }
+                grid_wait();
+#pragma unroll 1
+                for (int i = 0; i < filled; ++i, ++kb) {
+                    load_activations(p, t, kb, sh.stages + i * Plan::kStage, sh.full + i * 8, keep);
+                    ring.advance();
+                }
+            }
+            for (; kb < t.kb1; ++kb) {
                 const uint32_t full = sh.full + ring.stage * 8;
                 mbar_wait(sh.empty + ring.stage * 8, ring.phase ^ 1);
                 const uint32_t base = sh.stages + ring.stage * Plan::kStage;
                 mbar_expect_tx(full, bytes);
                 load_weights(p, t, kb, base, full, policy);
-                if (first) {   // weights may be read before the previous kernel has written the activations
-                    grid_wait();
-                    first = false;
-                }
-                for (int part = 0; part < Plan::kActParts; ++part)
-                    bulk_load(base + Plan::kValues + Plan::kScales + part * Plan::kActPart,
-                              act + slot_chunk(p.capacity, t.slot0, (Plan::kActParts * kb + part) * 8), act_bytes, full, keep);
+                load_activations(p, t, kb, base, full, keep);
                 ring.advance();
             }
         }
@@ -291,20 +310,32 @@ struct Gemm {
         const uint32_t desc_hi = uint32_t(make_desc(0) >> 32);
         uint32_t frag[2][8];
         uint32_t previous = 0;
-        for (int kb = 0; kb < kblocks; ++kb) {
-            mbar_wait(sh.full + ring.stage * 8, ring.phase);
-            const uint32_t base = sh.stages + ring.stage * Plan::kStage;
-            const uint32_t desc_lo = activations_desc(base);
-            const uint2 s = lds64(base + scales);
-            uint4 v[2];
-            uint2 table[2][2];
+        uint4 v[2];
+        uint2 table[2][2], s;
+        const auto begin_stage = [&](const Ring& at) {   // what its first step reads
+            const uint32_t base = sh.stages + at.stage * Plan::kStage;
+            s = lds64(base + scales);
             v[0] = lds128(base + values);
             load_magnitudes(sh, s, 0, table[0]);
+        };
+        bool ready = false;   // kReadAhead: the stage had arrived when it was read
+        for (int kb = 0; kb < kblocks; ++kb) {
+            if (!kReadAhead || !ready) {
+                mbar_wait(sh.full + ring.stage * 8, ring.phase);
+                begin_stage(ring);
+            }
+            const uint32_t base = sh.stages + ring.stage * Plan::kStage;
+            const uint32_t desc_lo = activations_desc(base);
 #pragma unroll
             for (int n = 0; n < 2 * TILES; ++n) {
                 if (n + 1 < 2 * TILES) {
                     v[(n + 1) & 1] = lds128(base + values + ((n + 1) / TILES) * 4096 + ((n + 1) % TILES) * 2048);
                     load_magnitudes(sh, s, n + 1, table[(n + 1) & 1]);
+                } else if (kReadAhead) {
+                    Ring next = ring;
+                    next.advance();
+                    ready = mbar_test(sh.full + next.stage * 8, next.phase);
+                    begin_stage(next);   // unconditionally: a branch or a loop here would make ptxas serialize wgmma
                 }
                 if (n + 2 == 2 * TILES) __syncwarp();   // for release
                 uint32_t row[4], row8[4];
@@ -359,10 +390,13 @@ struct Gemm {
 #pragma unroll
             for (int i = 0; i < (N + 127) / 128; ++i) scale[i] = tid + 128 * i < t.rows ? __ldcg(p.act_scale + t.slot0 + tid + 128 * i) : 0.f;
         }
+        // All that is needed of the k blocks after the main loop, in one register: -1 if another CTA finishes the tile, 0 if this one has
+        // it whole, else the item number after its last.
+        const int finish = t.kb0 > 0 ? -1 : t.kb1 < sched.kblocks ? t.sk_end : 0;
         float acc[TILES][N / 2];
         mainloop<N>(sh, ring, t.kb1 - t.kb0, acc);
 
-        if (t.kb0 > 0) {   // not the finisher: leave the sum for it
+        if (finish < 0) {   // leave the sum for that CTA
             float4* dst = reinterpret_cast<float4*>(p.partial) + (size_t(blockIdx.x) * NWG + wg) * (kPartial / 4) + tid;
 #pragma unroll
             for (int m = 0; m < TILES; ++m)
@@ -374,8 +408,8 @@ struct Gemm {
             if (tid == 0) st_release(p.flags + blockIdx.x * NWG + wg, 1);
             return;
         }
-        if (t.kb1 < sched.kblocks) {
-            for (int c = blockIdx.x + 1; sched.range_begin(c) < t.sk_end; ++c) {
+        if (finish > 0) {
+            for (int c = blockIdx.x + 1; sched.range_begin(c) < finish; ++c) {
                 if (sched.range_begin(c) == sched.range_begin(c + 1)) continue;   // more CTAs than items: this one has none
                 if (tid == 0)
                     while (ld_acquire(p.flags + c * NWG + wg) == 0) {}
@@ -407,7 +441,8 @@ struct Gemm {
         // intermediate indices. Four 8 x 8 matrices at a time are transposed through shared memory; a lane then stores 16 bytes of a slot.
         // kChunks neighbouring lanes have neighbouring 16 bytes: two tiles' 8 rows (kGateUp) or a tile's two halves of 16 (kDown).
         constexpr int kChunks = PHASE == kGateUp && TILES == 1 ? 1 : 2, kGroups = 4 / kChunks;   // kGroups: of 8 slots, at a time
-        const int warp = tid >> 5, lane = tid & 31, tile0 = TILES == 2 ? 0 : wg & 1;
+        const int lane = lane_id();   // read here, so that ptxas keeps nothing that is made of it through the main loop
+        const int warp = tid >> 5, tile0 = TILES == 2 ? 0 : wg & 1;
         const int matrix = lane >> 3, chunk = kChunks == 2 ? lane & 1 : 0;
         const int slot = kChunks == 2 ? lane >> 1 : lane;   // of this lane's 16 bytes, within kGroups * 8
         const uint32_t staging = sh.staging + (wg * 4 + warp) * 512;

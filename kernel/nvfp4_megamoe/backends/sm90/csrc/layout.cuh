@@ -1,8 +1,9 @@
 // The packed form of NVFP4 weights, and its decoding to bf16. layout.py states the same layout in torch; e4m3.cuh decodes it to e4m3.
 //
-// A unit is 128 packed rows, two wgmma tiles of 64. A unit's values lie as [k64][tile][thread][4 words], its scales as [k128][thread]
-// [8 bytes]. For the second projection packed rows are consecutive rows; for the first a unit is 64 intermediate indices, and of a
-// fragment's two row groups the first (row g of a warp's 16) is gate and the second (row g + 8) up, so that SwiGLU happens in a
+// A unit is 128 packed rows, two wgmma tiles of 64. A unit's values of a k128 lie as [k64][tile][thread][4 words], its scales as [thread]
+// [8 bytes]. Those of kUnitsTogether units lie side by side for every k128 (block_index), so that what a CTA needs of a stage, one or
+// more units, is one copy. For the second projection packed rows are consecutive rows; for the first a unit is 64 intermediate indices,
+// and of a fragment's two row groups the first (row g of a warp's 16) is gate and the second (row g + 8) up, so that SwiGLU happens in a
 // thread.
 //
 // Along K a thread owns whole blocks: of every k64, thread t of a quad has the 16 values of block t, so one scale serves a row's two
@@ -26,9 +27,17 @@ constexpr uint32_t kSharedMask = 0x0C180C18u;   // bits of the shared pairs that
 constexpr uint32_t kScaleBase = (235u << 7) * 0x00010001u;
 constexpr float kAlphaFactor = 256.0f;
 constexpr int kUnitRows = 128;
+constexpr int kUnitsTogether = 4;   // fewer where an expert has no more left
 constexpr int kBlockK = 128;
 constexpr int kUnitValueBytes = kUnitRows * kBlockK / 2;     // per k block
 constexpr int kUnitScaleBytes = kUnitRows * kBlockK / 16;
+
+// Place of a unit's k block among an expert's, in units of kUnitValueBytes or kUnitScaleBytes: [group of units][k block][unit].
+__host__ __device__ __forceinline__ size_t block_index(int units, int kblocks, int unit, int kb) {
+    const int first = unit / kUnitsTogether * kUnitsTogether;
+    const int together = units - first < kUnitsTogether ? units - first : kUnitsTogether;
+    return size_t(first) * kblocks + size_t(kb) * together + (unit - first);
+}
 
 // Two scale bytes (bits 0..7 and 16..23 of `bytes`) to two bf16.
 __device__ __forceinline__ __nv_bfloat162 expand_scales(uint32_t bytes) {

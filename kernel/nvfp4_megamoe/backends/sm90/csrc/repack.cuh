@@ -58,7 +58,8 @@ __global__ void repack_values(const __grid_constant__ RepackParams p) {
         words[2 * half] = rotr(f[0], 6) | f[5] | rotr(f[3], 26) | (z & kSharedMask);
         words[2 * half + 1] = rotr(f[4], 4) | rotr(f[2], 30) | rotr(f[7], 24) | (z & ~kSharedMask);
     }
-    reinterpret_cast<uint4*>(p.out_values)[item] = make_uint4(words[0], words[1], words[2], words[3]);
+    const size_t at = block_index(p.rows / kUnitRows, p.k / kBlockK, unit, block >> 1) * 512 + (block & 1) * 256 + (item & 255);
+    reinterpret_cast<uint4*>(p.out_values)[at] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // A thread writes the 8 scale bytes of one thread for one k128 of one unit: [k64][row half][tile].
@@ -69,10 +70,11 @@ __global__ void repack_scales(const __grid_constant__ RepackParams p) {
     const int tid = item & 127, lane = tid & 31;
     const int block = (item >> 7) % blocks, unit = (item >> 7) / blocks;
     const int r = (tid >> 5) * 16 + (lane >> 2);
+    uint8_t* out = p.out_scales + block_index(p.rows / kUnitRows, blocks, unit, block) * kUnitScaleBytes + tid * 8;
     for (int i = 0; i < 8; ++i) {
         const int k64 = i >> 2, half = (i >> 1) & 1, m = i & 1;
         const int64_t row = source_row(p, unit, m, r + 8 * half);
-        p.out_scales[item * 8 + i] = scale_code(p.scales[row * (p.k / 16) + block * 8 + k64 * 4 + (lane & 3)]);
+        out[i] = scale_code(p.scales[row * (p.k / 16) + block * 8 + k64 * 4 + (lane & 3)]);
     }
 }
 

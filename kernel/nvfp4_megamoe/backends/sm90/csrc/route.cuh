@@ -9,7 +9,7 @@
 
 namespace sm90 {
 
-constexpr int kRouteThreads = 512;
+constexpr int kRouteThreads = 1024;
 
 struct RouteParams {
     const void* ids;          // [pairs] int32 or int64
