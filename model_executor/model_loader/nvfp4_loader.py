@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from nvfp4_megamoe.checkpoint.buffers import allocate_pageable
 from nvfp4_megamoe.checkpoint.headers import read_header
 from nvfp4_megamoe.checkpoint.read_plan import ReadPlan, plan_reads
-from nvfp4_megamoe.checkpoint.reader import CheckpointReader, allocate_pageable
+from nvfp4_megamoe.checkpoint.reader import CheckpointReader
 from nvfp4_megamoe.checkpoint.shard_file import Identity, identify
 from vllm.config import ModelConfig, get_current_vllm_config
 from vllm.logger import init_logger
@@ -98,7 +99,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
 
         self.counter_before_loading_weights = began = time.perf_counter()
         # Closed also when the model raises: the threads must not outlive the load.
-        with LayerPreparer(prepare) as preparer, closing(iter(reader)) as weights:
+        with LayerPreparer(prepare, device.type == "cpu") as preparer, closing(iter(reader)) as weights:
             counted = progress.stream_weights(preparer.watch(weights), plan, reader.counters)
             model.load_weights(layers.deliver(counted, rename, preparer.submit))
             layers.check_complete()
@@ -139,7 +140,7 @@ def _allocator(device: torch.device) -> Callable[[int], torch.Tensor]:
     index = torch.cuda.current_device() if device.index is None else device.index
 
     def allocate_pinned(size: int) -> torch.Tensor:
-        with torch.cuda.device(index):  # the reader's thread would open a context on the first GPU
+        with torch.cuda.device(index):  # a reader's thread would open a context on the first GPU
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     return allocate_pinned
@@ -153,7 +154,8 @@ def _log_reads(plan: ReadPlan, reader: CheckpointReader, seconds: float) -> None
     )
     logger.info(
         "Read %d tensors, %.3f GB, in %.2f s, %.2f GB/s: %.3f GB from the disk (%s), %.3f GB from memory; skipped %d "
-        "tensors, %.3f GB, that this rank does not need; waited %.2f s for reads, %.0f MB of buffers",
+        "tensors, %.3f GB, that this rank does not need; reads were under way for %.2f s, waited %.2f s for them, "
+        "%.0f MB of buffers",
         counters.tensors,
         counters.tensor_bytes / 1e9,
         seconds,
@@ -163,6 +165,7 @@ def _log_reads(plan: ReadPlan, reader: CheckpointReader, seconds: float) -> None
         counters.cached_bytes / 1e9,
         plan.skipped_tensors,
         plan.skipped_bytes / 1e9,
+        counters.read_seconds,
         counters.wait_seconds,
         counters.buffer_bytes / 1e6,
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import queue
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nvfp4_megamoe.checkpoint.page_cache import is_cached
 
 REQUEST_BYTES = 4 << 20
+LOOK_BYTES = 4 << 30
 
 
 class CacheError(RuntimeError):
@@ -65,26 +70,66 @@ def cached_fraction(files: list[Path]) -> float:
     return cached / requests
 
 
+def look(files: list[Path]) -> dict[str, float]:
+    """How fast the disk gives the files now, past the page cache, whatever of them is in it; bytes a second.
+
+    ``one``: one thread reads them from front to back, as ``dd iflag=direct bs=4M`` does. ``several``: four threads
+    read a quarter of such a request each, into huge pages: as much as the disk has given any reader here.
+    """
+    return {"one": sequential_rate(files, direct=True), "several": _rate_of_several(files)}
+
+
 def sequential_rate(files: list[Path], direct: bool) -> float:
-    """Bytes a second of one thread that reads the files from front to back into one buffer.
+    """Bytes a second of one thread that reads up to LOOK_BYTES of the files from front to back into one buffer.
 
     Args:
         direct: past the page cache (O_DIRECT), else through it.
     """
     buffer = memoryview(mmap.mmap(-1, REQUEST_BYTES))
-    done = 0
-    began = time.perf_counter()
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-        try:
-            if not direct:
+    with _opened(files, os.O_DIRECT if direct else 0) as opened:
+        if not direct:
+            for descriptor in opened.values():
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            offset = 0
-            while got := os.preadv(descriptor, [buffer], offset):
-                offset += got
-                if got % mmap.PAGESIZE:
-                    break
-            done += offset
-        finally:
-            os.close(descriptor)
-    return done / (time.perf_counter() - began)
+        began = time.perf_counter()
+        done = sum(os.preadv(opened[path], [buffer], offset) for path, offset in _requests(files, REQUEST_BYTES))
+        return done / (time.perf_counter() - began)
+
+
+def _rate_of_several(files: list[Path], threads: int = 4) -> float:
+    size = REQUEST_BYTES // threads
+    memory = mmap.mmap(-1, REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.write(bytes(len(memory)))
+    buffers: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(threads):
+        buffers.put(number * size)
+    with _opened(files, os.O_DIRECT) as opened, ThreadPoolExecutor(threads) as pool:
+
+        def read(request: tuple[Path, int]) -> int:
+            path, offset = request
+            start = buffers.get()
+            try:
+                return os.preadv(opened[path], [memoryview(memory)[start : start + size]], offset)
+            finally:
+                buffers.put(start)
+
+        began = time.perf_counter()
+        done = sum(pool.map(read, _requests(files, size)))
+        return done / (time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _opened(files: list[Path], flags: int) -> Iterator[dict[Path, int]]:
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for path in files:
+            opened[path] = os.open(path, os.O_RDONLY | flags)
+            stack.callback(os.close, opened[path])
+        yield opened
+
+
+def _requests(files: list[Path], size: int) -> list[tuple[Path, int]]:
+    """File and offset of each request of ``size`` bytes within the first LOOK_BYTES of the files."""
+    requests = [(path, offset) for path in files for offset in range(0, path.stat().st_size, size)]
+    return requests[: LOOK_BYTES // size]

@@ -1,16 +1,17 @@
-"""One rank that only loads: python -m load_bench.rank MODEL LOAD_FORMAT RANK RANKS PORT POPULATE DIGEST. Prints JSON.
+"""One rank that only loads, and what it measured as JSON: python -m load_bench.rank --help.
 
-POPULATE and DIGEST are 0 or 1. Makes the model in a worker of vLLM's, waits for the other ranks, then times the loader
-from the first byte until the last tensor is in its parameter, and until the last layer is prepared. With POPULATE every
-page of the parameters is touched before the clock starts: on a GPU the parameters' memory is there before the load
-begins, on a CPU the system finds it page by page at the first write.
+Makes the model in a worker of vLLM's, waits for the other ranks, then times the loader from the first byte until the
+last tensor is in its parameter, and until the last layer is prepared.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import sys
 import threading
@@ -18,6 +19,11 @@ import time
 from pathlib import Path
 
 import torch
+
+from load_bench import disk
+
+_POPULATE_WRITE = 23  # madvise(2), Linux 5.14 and later
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def anonymous_bytes() -> int:
@@ -52,11 +58,19 @@ class PeakMemory:
             self.bytes = max(self.bytes, anonymous_bytes())
 
 
-def touch(tensor: torch.Tensor) -> None:
-    """Write to every page of a tensor without changing a value."""
-    if tensor.nbytes and tensor.is_contiguous():
-        data = tensor.detach().reshape(-1).view(torch.uint8)[::4096]
-        data.copy_(data.clone())
+def populate(tensor: torch.Tensor) -> None:
+    """Have the system find every page of a tensor now, as for a write.
+
+    Raises:
+        OSError: it cannot.
+    """
+    storage = tensor.untyped_storage()
+    if not storage.nbytes():
+        return
+    start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE):
+        raise OSError(ctypes.get_errno(), "memory for the parameters: " + os.strerror(ctypes.get_errno()))
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -68,31 +82,37 @@ def digest(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def main(model: str, load_format: str, rank: int, ranks: int, port: int, populate: bool, with_digest: bool) -> dict:
-    """Load once in a worker of vLLM's and return what was measured; bytes and seconds."""
+def load(options: argparse.Namespace) -> dict:
+    """Load once in a worker of vLLM's and return what was measured; bytes, seconds, and bytes a second of the disk."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     config = EngineArgs(
-        model=model,
+        model=str(options.model),
         tokenizer_mode="deepseek_v4",
-        load_format=load_format,
+        load_format=options.load_format,
         max_model_len=1024,
-        tensor_parallel_size=ranks,
-        enable_expert_parallel=ranks > 1,
+        tensor_parallel_size=options.ranks,
+        enable_expert_parallel=options.ranks > 1,
     ).create_engine_config()
+    files = sorted(options.model.glob("*.safetensors"))
+    looks = options.look and options.rank == 0
+    disk_rates: list[dict[str, float]] = []
     marks: dict[str, float] = {}
-    create, load = base_loader.BaseModelLoader.create_model, base_loader.BaseModelLoader.load_model
+    create, load_model = base_loader.BaseModelLoader.create_model, base_loader.BaseModelLoader.load_model
 
-    def create_and_start_the_clock(*arguments: object, **options: object) -> torch.nn.Module:
-        made = create(*arguments, **options)
-        if populate:
+    def create_and_start_the_clock(*arguments: object, **keywords: object) -> torch.nn.Module:
+        made = create(*arguments, **keywords)
+        if options.populate:
             for tensor in made.state_dict().values():
-                touch(tensor)
+                populate(tensor)
         take = made.load_weights
         made.load_weights = lambda weights: note_the_last_tensor(take(weights))
+        torch.distributed.barrier()
+        if looks:
+            disk_rates.append(disk.look(files))
         torch.distributed.barrier()
         marks.update(before=anonymous_bytes(), storage=storage_bytes(), started=time.perf_counter())
         return made
@@ -101,18 +121,21 @@ def main(model: str, load_format: str, rank: int, ranks: int, port: int, populat
         marks["read"] = time.perf_counter()
         return loaded
 
-    def note_the_end(*arguments: object, **options: object) -> torch.nn.Module:
-        made = load(*arguments, **options)
+    def note_the_end(*arguments: object, **keywords: object) -> torch.nn.Module:
+        made = load_model(*arguments, **keywords)
         marks.update(ended=time.perf_counter(), storage=storage_bytes() - marks["storage"])
         return made
 
     base_loader.BaseModelLoader.create_model = create_and_start_the_clock
     base_loader.BaseModelLoader.load_model = note_the_end
     with set_current_vllm_config(config), PeakMemory() as peak:
-        worker = CPUWorker(config, rank, rank, f"tcp://127.0.0.1:{port}", is_driver_worker=rank == 0)
+        address = f"tcp://127.0.0.1:{options.port}"
+        worker = CPUWorker(config, options.rank, options.rank, address, is_driver_worker=options.rank == 0)
         worker.init_device()
         worker.load_model()
         torch.distributed.barrier()
+    if looks:
+        disk_rates.append(disk.look(files))
     made = worker.get_model()
     result = {
         "seconds": marks["ended"] - marks["started"],
@@ -123,14 +146,34 @@ def main(model: str, load_format: str, rank: int, ranks: int, port: int, populat
         "anonymous_peak_bytes": peak.bytes,
         "anonymous_end_bytes": anonymous_bytes(),
     }
-    return result | ({"digest": digest(made)} if with_digest else {})
+    if looks:
+        result["disk"] = dict(zip(("before", "after"), disk_rates, strict=True))
+    return result | ({"digest": digest(made)} if options.digest else {})
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="load_bench.rank", description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("load_format", help="vLLM's --load-format")
+    parser.add_argument("rank", type=int)
+    parser.add_argument("ranks", type=int)
+    parser.add_argument("port", type=int, help="where the ranks meet")
+    parser.add_argument(
+        "--populate",
+        action="store_true",
+        help="find every page of the parameters before the clock starts: on a GPU their memory is there before the "
+        "load begins, on a CPU the system finds it page by page at the first write",
+    )
+    parser.add_argument("--look", action="store_true", help="measure the disk right before and right after")
+    parser.add_argument("--digest", action="store_true", help="hash all parameters")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    model_path, given_format, *numbers = sys.argv[1:]
+    given = parsed()
     for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"):
         os.environ.setdefault(name, "1")
     with contextlib.redirect_stdout(sys.stderr):
-        outcome = main(model_path, given_format, *map(int, numbers))
+        outcome = load(given)
     print(json.dumps(outcome), flush=True)
     os._exit(0)  # nothing is left to save, and vLLM's own threads are slow to end

@@ -31,7 +31,7 @@ def loaded(model: Path, load_format: str, status: Path) -> list[dict[str, object
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [*command, str(rank), "2", port, "0", "1"],
+            [*command, str(rank), "2", port, "--digest"],
             cwd=REPOSITORY / "scripts",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

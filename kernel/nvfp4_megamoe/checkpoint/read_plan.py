@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nvfp4_megamoe.checkpoint.headers import ShardHeader, TensorInfo
 
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 8 << 20
 # Reading through a small gap costs less than a second request; scalars of other ranks' experts lie in such gaps.
 MAX_GAP_BYTES = 64 << 10
 

@@ -1,9 +1,7 @@
-"""Reads a plan's tensors in file order on a thread of its own, a bounded number of bytes ahead of their consumer."""
+"""Reads a plan's tensors in file order, several reads at once, a bounded number of bytes ahead of their consumer."""
 
 from __future__ import annotations
 
-import ctypes
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +10,17 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_megamoe.checkpoint.buffers import BufferPool, aligned_start, allocate_pageable, as_memory, capacity
 from nvfp4_megamoe.checkpoint.headers import TensorInfo
-from nvfp4_megamoe.checkpoint.read_plan import BATCH_BYTES, Batch, ReadPlan
-from nvfp4_megamoe.checkpoint.shard_file import ALIGNMENT, Identity, ShardFile
+from nvfp4_megamoe.checkpoint.read_plan import Batch, ReadPlan
+from nvfp4_megamoe.checkpoint.shard_file import Identity, ShardFile
 from nvfp4_megamoe.errors import CheckpointError
 
-DEFAULT_AHEAD_BYTES = 256 << 20
+# Room for what the consumer is late by; more would only take the buffers out of the processor's cache.
+DEFAULT_AHEAD_BYTES = 64 << 20
+# The disk works on while a thread whose read has ended waits for Python's lock.
+READS_AT_ONCE = 2
+THREAD_NAME = "checkpoint-reader"
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
     "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
@@ -28,12 +31,12 @@ DTYPES = {
 
 @dataclass
 class ReadCounters:
-    """What has been read so far; written by the reader's thread, read by anyone.
+    """What has been read so far; written by the reader, read by anyone.
 
     Attributes:
-        tensors, tensor_bytes: that have arrived.
+        tensors, tensor_bytes: that have been read.
         disk_bytes, cached_bytes: fetched from the disk and from the system's page cache, gaps and alignment included.
-        read_seconds: spent in reads. wait_seconds: that the consumer waited for a tensor.
+        read_seconds: while at least one read was under way. wait_seconds: that the consumer waited for a tensor.
         buffer_bytes: largest memory used for reading ahead.
         buffered_because: why reads went through the page cache; None where they went past it.
     """
@@ -46,11 +49,6 @@ class ReadCounters:
     wait_seconds: float = 0.0
     buffer_bytes: int = 0
     buffered_because: str | None = None
-
-
-def allocate_pageable(size: int) -> torch.Tensor:
-    """Ordinary memory for a buffer: ``size`` bytes, uint8."""
-    return torch.empty(size, dtype=torch.uint8)
 
 
 class CheckpointReader:
@@ -76,7 +74,7 @@ class CheckpointReader:
             ahead_bytes: memory for what is read before it is asked for; at least one batch is read in any case.
             direct: see ``ShardFile``.
             allocate: gives a uint8 tensor of so many bytes; pinned memory makes copies to a GPU faster. Called on the
-                reader's thread.
+                reader's threads.
 
         Raises:
             CheckpointError: a tensor of the plan has a type that PyTorch does not have.
@@ -92,8 +90,15 @@ class CheckpointReader:
         self.counters = ReadCounters()
         self._identities = identities
         self._direct = direct
-        self._pool = _BufferPool(ahead_bytes, allocate)
-        self._ready: queue.SimpleQueue[tuple[Batch, torch.Tensor] | BaseException | None] = queue.SimpleQueue()
+        self._pool = BufferPool(ahead_bytes, allocate)
+        self._last_of = {batch.path: batch for batch in plan.batches}
+        self._files: dict[Path, ShardFile] = {}
+        self._changed = threading.Condition()  # guards all below, the pool and the counters
+        self._begun = 0
+        self._ended: dict[int, torch.Tensor | BaseException] = {}
+        self._stopped = False
+        self._under_way = 0
+        self._busy_since = 0.0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of the plan in its order.
@@ -102,133 +107,96 @@ class CheckpointReader:
             CheckpointError: naming the shard that cannot be read, ends early or changed, as soon as what was read
                 before it has been consumed.
         """
-        thread = threading.Thread(target=self._read, name="checkpoint-reader", daemon=True)
-        thread.start()
+        threads = [threading.Thread(target=self._work, name=THREAD_NAME, daemon=True) for _ in range(READS_AT_ONCE)]
+        for thread in threads:
+            thread.start()
         try:
-            while True:
-                began = time.perf_counter()
-                item = self._ready.get()
-                self.counters.wait_seconds += time.perf_counter() - began
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                batch, buffer = item
+            for index, batch in enumerate(self.plan.batches):
+                buffer = self._wait_for(index)
+                if batch is self._last_of[batch.path]:
+                    self._finish(batch.path)
                 for name, info in batch.tensors:
-                    yield name, _tensor(buffer, info, _aligned_start(batch))
-                self._pool.give_back(buffer)
+                    yield name, _tensor(buffer, info, aligned_start(batch))
+                with self._changed:
+                    self._pool.give_back(buffer)
+                    self._changed.notify_all()
         finally:
-            self._pool.stop()
-            thread.join()
-
-    def _read(self) -> None:
-        file: ShardFile | None = None
-        try:
-            for batch in self.plan.batches:
-                if file is None or file.path != batch.path:
-                    self._finish(file)
-                    file = ShardFile(batch.path, self._identities[batch.path], self._direct)
-                start = _aligned_start(batch)
-                buffer = self._pool.take(_capacity(batch))
-                if buffer is None:
-                    break
-                self._fetch(file, batch, start, buffer)
-                self._ready.put((batch, buffer))
-            self._finish(file)
-            self._ready.put(None)
-        except BaseException as error:
-            self._ready.put(error)
-        finally:
-            if file is not None:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+            for thread in threads:
+                thread.join()
+            for file in self._files.values():
                 file.close()
 
-    def _fetch(self, file: ShardFile, batch: Batch, start: int, buffer: torch.Tensor) -> None:
-        counters, before = self.counters, (file.disk_bytes, file.cached_bytes)
+    def _wait_for(self, index: int) -> torch.Tensor:
         began = time.perf_counter()
-        file.read(_memory(buffer), start, batch.end)
-        counters.read_seconds += time.perf_counter() - began
-        counters.disk_bytes += file.disk_bytes - before[0]
-        counters.cached_bytes += file.cached_bytes - before[1]
-        counters.tensors += len(batch.tensors)
-        counters.tensor_bytes += sum(info.end - info.start for _, info in batch.tensors)
-        counters.buffer_bytes = max(counters.buffer_bytes, self._pool.peak)
-        counters.buffered_because = counters.buffered_because or file.buffered_because
-
-    @staticmethod
-    def _finish(file: ShardFile | None) -> None:
-        if file is not None:
-            file.check_unchanged()
-            file.close()
-
-
-class _BufferPool:
-    """Aligned buffers, the last one used first, within a limit; one is always given, so that reading goes on.
-
-    A batch that is larger than the usual ones has a buffer of its own, freed after use.
-    """
-
-    def __init__(self, limit: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        self.peak = 0
-        self._limit = limit
-        self._allocate = allocate
-        self._free: list[torch.Tensor] = []
-        self._bytes = 0
-        self._stopped = False
-        self._changed = threading.Condition()
-
-    def take(self, size: int) -> torch.Tensor | None:
-        """A buffer of at least ``size`` bytes, or None after ``stop``; waits for the consumer at the limit."""
-        usual = size <= _USUAL
-        size = _USUAL if usual else size
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopped or (usual and self._free) or not self._in_use() or self._fits(size)
-            )
-            if self._stopped:
-                return None
-            if usual and self._free:
-                return self._free.pop()
-            while self._free and not self._fits(size):
-                self._bytes -= self._free.pop().numel()
-            self._bytes += size
-            self.peak = max(self.peak, self._bytes)
-        memory = self._allocate(size + ALIGNMENT)
-        return memory[-memory.data_ptr() % ALIGNMENT :][:size]
+            self._changed.wait_for(lambda: index in self._ended)
+            ended = self._ended.pop(index)
+            self.counters.wait_seconds += time.perf_counter() - began
+        if isinstance(ended, BaseException):
+            raise ended
+        return ended
 
-    def give_back(self, buffer: torch.Tensor) -> None:
+    def _finish(self, path: Path) -> None:
+        """Close a shard of which every read has ended: they are waited for in the plan's order."""
+        self._files[path].check_unchanged()
+        self._files.pop(path).close()
+
+    def _work(self) -> None:
+        """Read batches until none is left: each begins after those before it have, as soon as there is a buffer."""
+        while (begun := self._begin()) is not None:
+            index, batch, buffer = begun
+            try:
+                self._fetch(batch, buffer)
+                ended = buffer
+            except BaseException as error:
+                ended = error
+            with self._changed:
+                self._ended[index] = ended
+                self._changed.notify_all()
+
+    def _begin(self) -> tuple[int, Batch, torch.Tensor] | None:
         with self._changed:
-            if buffer.numel() == _USUAL:
-                self._free.append(buffer)
-            else:
-                self._bytes -= buffer.numel()
-            self._changed.notify()
+            while not self._stopped and self._begun < len(self.plan.batches):
+                index, batch = self._begun, self.plan.batches[self._begun]
+                try:
+                    buffer = self._pool.take(capacity(batch))
+                except BaseException as error:
+                    self._ended[index] = error
+                    self._begun = len(self.plan.batches)
+                    self._changed.notify_all()
+                    return None
+                if buffer is not None:
+                    self._begun += 1
+                    return index, batch, buffer
+                self._changed.wait()
+        return None
 
-    def stop(self) -> None:
+    def _fetch(self, batch: Batch, buffer: torch.Tensor) -> None:
+        counters = self.counters
         with self._changed:
-            self._stopped = True
-            self._changed.notify()
-
-    def _in_use(self) -> int:
-        return self._bytes - sum(buffer.numel() for buffer in self._free)
-
-    def _fits(self, size: int) -> bool:
-        return self._bytes + size <= self._limit
-
-
-_USUAL = BATCH_BYTES + 2 * ALIGNMENT
-
-
-def _aligned_start(batch: Batch) -> int:
-    return batch.start // ALIGNMENT * ALIGNMENT
-
-
-def _capacity(batch: Batch) -> int:
-    """Bytes of buffer for a batch whose ends are rounded to the alignment."""
-    return -(-batch.end // ALIGNMENT) * ALIGNMENT - _aligned_start(batch)
-
-
-def _memory(buffer: torch.Tensor) -> memoryview:
-    return memoryview((ctypes.c_char * buffer.numel()).from_address(buffer.data_ptr())).cast("B")
+            if batch.path not in self._files:
+                self._files[batch.path] = ShardFile(batch.path, self._identities[batch.path], self._direct)
+            file = self._files[batch.path]
+            if not self._under_way:
+                self._busy_since = time.perf_counter()
+            self._under_way += 1
+        try:
+            fetched = file.read(as_memory(buffer), aligned_start(batch), batch.end)
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                if not self._under_way:
+                    counters.read_seconds += time.perf_counter() - self._busy_since
+        with self._changed:
+            counters.disk_bytes += fetched.disk_bytes
+            counters.cached_bytes += fetched.cached_bytes
+            counters.tensors += len(batch.tensors)
+            counters.tensor_bytes += sum(info.end - info.start for _, info in batch.tensors)
+            counters.buffer_bytes = self._pool.peak
+            counters.buffered_because = counters.buffered_because or file.buffered_because
 
 
 def _tensor(buffer: torch.Tensor, info: TensorInfo, base: int) -> torch.Tensor:

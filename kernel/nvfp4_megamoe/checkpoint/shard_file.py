@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from nvfp4_megamoe.checkpoint.buffers import ALIGNMENT
 from nvfp4_megamoe.checkpoint.page_cache import is_cached
 from nvfp4_megamoe.errors import CheckpointError
 
-ALIGNMENT = 4096  # of offsets, lengths and memory: what O_DIRECT asks for on every common file system and disk
-_REQUEST_BYTES = 4 << 20
+_REQUEST_BYTES = 8 << 20
 _NO_DIRECT_IO = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -22,6 +22,13 @@ class Identity(NamedTuple):
     inode: int
     size: int
     modified_ns: int
+
+
+class Fetched(NamedTuple):
+    """Bytes that came from the disk and from the system's page cache, alignment included."""
+
+    disk_bytes: int
+    cached_bytes: int
 
 
 def identify(path: Path, descriptor: int | None = None) -> Identity:
@@ -38,14 +45,11 @@ def identify(path: Path, descriptor: int | None = None) -> Identity:
 
 
 class ShardFile:
-    """A shard open for reading.
+    """A shard open for reading, by several threads at once.
 
     Pages that the system holds in memory are copied from there; the others are read from the disk past the page cache
     (O_DIRECT): that takes no memory and next to no processor time, so the disk and not the processor sets the pace.
     Where direct reads are impossible, ``buffered_because`` says why and all goes through the page cache.
-
-    Attributes:
-        cached_bytes, disk_bytes: what was read from memory and from the disk, with alignment.
     """
 
     def __init__(self, path: Path, identity: Identity, direct: bool = True) -> None:
@@ -59,7 +63,6 @@ class ShardFile:
             CheckpointError: it cannot be opened, or is not that file any more.
         """
         self.path = path
-        self.cached_bytes = self.disk_bytes = 0
         self.buffered_because = None if direct else "it was asked for"
         self._identity = identity
         self._descriptor: int | None = None
@@ -77,26 +80,32 @@ class ShardFile:
             self.close()
             raise
 
-    def read(self, buffer: memoryview, start: int, end: int) -> None:
+    def read(self, buffer: memoryview, start: int, end: int) -> Fetched:
         """Read bytes ``start`` to ``end`` of the file into ``buffer``, from its beginning.
 
         Args:
             buffer: aligned memory of at least ``end - start`` bytes, rounded up to the alignment.
             start: aligned.
 
+        Returns:
+            What came from where.
+
         Raises:
             CheckpointError: the file ends before ``end``, or the system cannot read it.
         """
-        offset = start
+        offset, disk, cached = start, 0, 0
         try:
             while offset < end:
                 length = min(_REQUEST_BYTES, end - offset)
-                offset += self._request(buffer[offset - start :], offset, length)
+                got = self._request(buffer[offset - start :], offset, length)
+                disk, cached = disk + got.disk_bytes, cached + got.cached_bytes
+                offset += min(length, got.disk_bytes + got.cached_bytes)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: bytes {offset} to {end} cannot be read: {error.strerror}. Look for faults of the disk "
                 "or the network file system in the kernel's log, then copy or download the file again."
             ) from error
+        return Fetched(disk, cached)
 
     def check_unchanged(self) -> None:
         """Compare the open file and the one at its path with the identity given.
@@ -128,33 +137,29 @@ class ShardFile:
                 raise _unreadable(self.path, error) from error
             self.buffered_because = "its file system has no direct I/O"
 
-    def _request(self, buffer: memoryview, offset: int, length: int) -> int:
-        """Read up to ``length`` bytes at ``offset``; return how many came. Direct reads leave the next one aligned."""
-        if self._direct is None:
+    def _request(self, buffer: memoryview, offset: int, length: int) -> Fetched:
+        """Read up to ``length`` bytes at ``offset``, or up to the alignment behind them: the next is aligned."""
+        if self.buffered_because is not None:
             got = os.preadv(self._descriptor, [buffer[:length]], offset)
-            self.disk_bytes += got
             self._require(got > 0, offset, got)
-            return got
+            return Fetched(got, 0)
         if is_cached(self._descriptor, offset, length):
             got = 0
             while got < length:
                 part = os.preadv(self._descriptor, [buffer[got:length]], offset + got)
                 self._require(part > 0, offset, got)
                 got += part
-            self.cached_bytes += got
-            return got
+            return Fetched(0, got)
         try:
             got = os.preadv(self._direct, [buffer[: -(-length // ALIGNMENT) * ALIGNMENT]], offset)
         except OSError as error:
             if error.errno not in _NO_DIRECT_IO:
                 raise
+            # The descriptor stays open: another thread may be about to read from it.
             self.buffered_because = f"its file system refuses direct I/O ({error.strerror})"
-            os.close(self._direct)
-            self._direct = None
             return self._request(buffer, offset, length)
-        self.disk_bytes += got
         self._require(got >= length or (got > 0 and got % ALIGNMENT == 0), offset, got)
-        return min(got, length)
+        return Fetched(got, 0)
 
     def _require(self, enough: bool, offset: int, got: int) -> None:
         if not enough:
