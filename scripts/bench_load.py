@@ -4,7 +4,7 @@
 Makes a synthetic checkpoint of 9.8 GB (or takes --model) and loads it in turns with ``--load-format auto`` and
 ``safetensors``; right before and right after each load, with the model already made, measures how fast the disk gives
 the same files. Nothing is served. Prints a table; --json keeps every number with date, machine and versions. Needs
-30 GB of disk and 22 GB of memory; a round of all cases takes about 7 minutes on two processors.
+30 GB of disk and 22 GB of memory; a round of all cases takes 7 to 15 minutes on two processors.
 """
 
 from __future__ import annotations
