@@ -232,6 +232,20 @@ def test_ranks_killed_by_a_server_that_was_told_to_end_have_not_crashed(
         assert look_until(watch, state_is("progressing")).verdict.reason == "1 of 2 ranks have reported: 1 missing"
 
 
+@pytest.mark.parametrize("before, ending", [(0.01, True), (1.0, False)])
+def test_a_files_clock_may_lag_by_a_tick(directory: Path, before: float, ending: bool) -> None:
+    with Ranks(directory) as ranks:
+        ranks.start(0, 1, "ready")
+        ranks.wait_for_file(0)
+        files = rank_files.RankFiles(directory, None, time.time() - 60)
+        (rank,) = files.read()
+        announced = directory / f"{rank.run}.ending"
+        announced.touch()
+        os.utime(announced, (rank.process_started - before,) * 2)
+        files.read()
+        assert files.ending is ending
+
+
 def test_missing_ranks_are_named(directory: Path) -> None:
     with Ranks(directory) as ranks:
         ranks.start(0, 4, "ready")

@@ -13,6 +13,8 @@ from typing import Any
 FORMAT = 1
 # Ranks of one start begin within seconds of each other, and beat every five; a server takes longer to start again.
 RESTART_S = 15.0
+# A file's time is the kernel's coarse clock: up to a tick, 10 ms, behind what a process read before it wrote the file.
+TICK_S = 0.05
 UNITS = ("tensors", "layers", "bytes")
 
 # struct flock of Linux on 64-bit processors: type, whence, start, length, process
@@ -178,7 +180,7 @@ class RankFiles:
             announced = (self.directory / f"{run}.ending").stat().st_mtime
         except OSError:
             return False
-        return announced >= max(member.process_started for member in members)
+        return announced + TICK_S >= max(member.process_started for member in members)
 
     def _newest_refusal(self, members: list[RankStatus]) -> str | None:
         """Why a start after ``members`` began, and after this service did, was refused."""
@@ -192,7 +194,7 @@ class RankFiles:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.problems.append(f"{path.name}: {error}")
         at, why = max(found, default=(0.0, None))
-        return why if at >= max(after, self._started) else None
+        return why if at + TICK_S >= max(after, self._started) else None
 
     def _of_now(self, status: RankStatus) -> bool:
         return status.alive or status.heartbeat >= self._started
