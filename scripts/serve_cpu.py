@@ -14,9 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
+
+from serving_bench.probe import answers
 
 READY_TIMEOUT_S = 600
 PROGRESS_EVERY_S = 10
@@ -81,15 +82,6 @@ The server answers at {base_url} . Try, in another terminal:
 (The demo checkpoint holds random weights: its text is noise, its numbers are checked by `make test`.)
 Stop with Ctrl-C.
 """
-
-
-def answers(url: str) -> bool:
-    """Whether GET ``url`` gives 200."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def warm_up(base_url: str, name: str) -> None:

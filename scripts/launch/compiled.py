@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import cache_environment as caches
+from status.server_files import STAGES, Counts, files_text
 
-# The stages of a start, in order: until the server answers, during the warm-up requests, and from then on.
-START, WARM_UP, SERVING = STAGES = ("start", "warm_up", "serving")
-
-Counts = dict[str, dict[str, int]]
+# Until the server answers, during the warm-up requests, and from then on.
+START, WARM_UP, SERVING = STAGES
 
 
 class Compiled:
@@ -42,7 +41,7 @@ def unwatched(settings: Mapping[str, str], root: Path) -> list[str]:
 
 def text(counts: Counts) -> str:
     """``counts`` in words: nothing, or the number of files of each compiler."""
-    return ", ".join(f"{name} {total['files']} files" for name, total in counts.items()) or "nothing"
+    return files_text(counts) or "nothing"
 
 
 def _sum(one: Counts, other: Counts) -> Counts:

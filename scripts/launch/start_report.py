@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
-HEARTBEAT_S = 5.0
+from status.server_files import FORMAT, STARTING
 
-STARTING, WARMING, SERVING = "starting", "warm-up requests", "serving"
+HEARTBEAT_S = 5.0
 
 
 class StartReport:

@@ -11,13 +11,13 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Protocol
 
-from status.phases import READY
+from serving_bench.probe import answers
+from status.phases import READY, WARM_UP
 from status.rank_files import RankFiles
+from status.server_files import SERVING
 
 from . import compiled, start_report
 from .flags import Api
@@ -103,7 +103,7 @@ class StartWatch:
         """Wait until the API answers, or a worker's ranks are ready; False if the server ends before."""
         files = RankFiles(self._status, self._run_id, self._began) if self._api.headless and self._status else None
         while not self._ended.wait(ASK_EVERY_S):
-            if files is None and _answers(f"{self._api.base_url}/v1/models", self._api.key):
+            if files is None and answers(f"{self._api.base_url}/v1/models", self._api.key):
                 return True
             ranks = files.read() if files is not None else []
             if ranks and len(ranks) >= ranks[0].ranks_here and all(rank.phase == READY for rank in ranks):
@@ -127,7 +127,7 @@ class StartWatch:
             length = client.model(api.base_url, api.key)["max_model_len"]
             groups = plan(api.batched_tokens, api.sequences, length)
             self._tell_warm_up(of=len(groups))
-            self._report.tell(phase=start_report.WARMING)
+            self._report.tell(phase=WARM_UP)
             _say(f"warm-up: {len(groups)} groups of requests, at most {self._setting.limit_s:.0f} s")
             found = drive(
                 api.base_url, groups, 0, self._setting.limit_s, engines=api.engines, key=api.key, progress=progress
@@ -169,7 +169,7 @@ class StartWatch:
     def _let_go(self) -> None:
         if self._hold:
             self._hold.unlink(missing_ok=True)
-        self._report.tell(phase=start_report.SERVING)
+        self._report.tell(phase=SERVING)
 
     def _account(self, stage: str) -> compiled.Counts:
         new = self._compiled.account(stage)
@@ -192,15 +192,6 @@ class StartWatch:
         hold = Path(self._scratch.name, "hold")
         hold.touch()
         return hold
-
-
-def _answers(url: str, key: str | None) -> bool:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _say(text: str) -> None:

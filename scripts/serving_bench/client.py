@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from serving_bench.probe import headers
 from serving_bench.server import ServerError
 
 FIRST_TOKEN, ORDINARY_TOKENS = 7, 490
@@ -28,11 +29,6 @@ def prompt(count: int, seed: int = 0) -> list[int]:
     return [
         FIRST_TOKEN + (seed * 101 + index * (37 + seed % 7) + index // 11) % ORDINARY_TOKENS for index in range(count)
     ]
-
-
-def headers(key: str | None) -> dict[str, str]:
-    """The headers of a request; ``key`` is the API's, None if it asks for none."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @functools.cache

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,7 @@ def parse(text: str, owner: int | None) -> RankStatus:
     Raises:
         ValueError: it is not complete, or of another format.
     """
-    try:
-        data: dict[str, Any] = json.loads(text)
-        if data["format"] != FORMAT:
-            raise ValueError(
-                f"format {data['format']!r}, expected {FORMAT}: the server and this service differ in version"
-            )
+    with complete(text, FORMAT, "the server") as data:
         phases = tuple(
             Phase(
                 str(item["name"]),
@@ -99,6 +96,22 @@ def parse(text: str, owner: int | None) -> RankStatus:
         times = {name: float(data[name]) for name in ("process_started", "heartbeat", "cpu_s")}
         texts = {name: str(data[name]) for name in ("run", "host", "phase")}
         return RankStatus(**numbers, **times, **texts, error=data["error"], phases=phases, owner=owner)
+
+
+@contextlib.contextmanager
+def complete(text: str, expected: int, writer: str) -> Iterator[dict[str, Any]]:
+    """Yield the content of a status file of format ``expected`` to a block that takes what it needs from it.
+
+    Raises:
+        ValueError: it is no JSON, of another format, or the block misses something in it.
+    """
+    try:
+        data: dict[str, Any] = json.loads(text)
+        if data["format"] != expected:
+            raise ValueError(
+                f"format {data['format']!r}, expected {expected}: {writer} and this service differ in version"
+            )
+        yield data
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"incomplete: {type(error).__name__}: {error}") from error
 

@@ -6,17 +6,19 @@ ready when their ranks and their health are.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rank_files import lock_owner
+from .rank_files import complete, lock_owner
 
 FORMAT = 1
 # The stages of a start in which compilers may write, as the entrypoint names them.
 STAGES = ("start", "warm_up", "serving")
-_SERVING = "serving"
+# The phases beside status.phases.WARM_UP.
+STARTING, SERVING = "starting", "serving"
+
+Counts = dict[str, dict[str, int]]  # files and bytes by compiler
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ class ServerStatus:
     started: float
     heartbeat: float
     warm_up: WarmUp | None
-    compiled: dict[str, dict[str, dict[str, int]]] | None
+    compiled: dict[str, Counts] | None
     not_watched: tuple[str, ...] = ()
 
     @property
     def pending(self) -> bool:
         """Whether warm-up requests are still to be answered."""
-        return self.warm_up is not None and self.phase != _SERVING
+        return self.warm_up is not None and self.phase != SERVING
 
     def progress(self) -> str:
         """How far the warm-up is, in words."""
@@ -57,7 +59,7 @@ class ServerStatus:
         """What was compiled, in words; None if that is not known yet."""
         if self.compiled is None:
             return None
-        stages = {stage: _files(self.compiled[stage]) for stage in STAGES if self.compiled.get(stage)}
+        stages = {stage: files_text(self.compiled[stage]) for stage in STAGES if self.compiled.get(stage)}
         names = {"start": "before ready", "warm_up": "by the warm-up", "serving": "since ready"}
         return "; ".join(f"{names[stage]} {text}" for stage, text in stages.items()) or "nothing"
 
@@ -93,12 +95,7 @@ def parse(text: str) -> ServerStatus:
     Raises:
         ValueError: it is not complete, or of another format.
     """
-    try:
-        data: dict[str, Any] = json.loads(text)
-        if data["format"] != FORMAT:
-            raise ValueError(
-                f"format {data['format']!r}, expected {FORMAT}: the entrypoint and this service differ in version"
-            )
+    with complete(text, FORMAT, "the entrypoint") as data:
         warm_up, compiled = data["warm_up"], data["compiled"]
         return ServerStatus(
             int(data["port"]),
@@ -116,13 +113,12 @@ def parse(text: str) -> ServerStatus:
             compiled and {stage: _counts(compiled[stage]) for stage in STAGES if stage in compiled},
             tuple(compiled["not_watched"]) if compiled else (),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"incomplete: {type(error).__name__}: {error}") from error
 
 
-def _counts(stage: dict[str, Any]) -> dict[str, dict[str, int]]:
+def _counts(stage: dict[str, Any]) -> Counts:
     return {str(name): {unit: int(total[unit]) for unit in ("files", "bytes")} for name, total in stage.items()}
 
 
-def _files(counts: dict[str, dict[str, int]]) -> str:
+def files_text(counts: Counts) -> str:
+    """The number of files of each compiler, in words."""
     return ", ".join(f"{name} {total['files']} files" for name, total in counts.items())
