@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.startup_cases import Service, service
+from .support import NAME, free_port, post
+from .watched import TIMEOUT_S, entrypoint, follow
 
-from .support import NAME, REPOSITORY, free_port, post
-from .watched import TIMEOUT_S, follow
-
-FLAGS = "--tokenizer-mode deepseek_v4 --max-model-len 256 --max-num-seqs 2 --max-num-batched-tokens 128"
-EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-
-
-@contextlib.contextmanager
-def entrypoint(model: Path, directory: Path, name: str) -> Iterator[tuple[Service, str, Path]]:
-    """The entrypoint on ``model`` with caches in ``directory``/cache; yields status service, URL and log."""
-    port, status, log = free_port(), directory / f"{name}-status", directory / f"{name}.log"
-    command = [sys.executable, "scripts/entrypoint.py", str(model), "--served-model-name", NAME, "--port", str(port)]
-    command += ["--distributed-executor-backend", EXECUTOR, *FLAGS.split()]
-    variables = {"MEGA_MOE_CACHE_DIR": str(directory / "cache"), "MEGA_MOE_STATUS_DIR": str(status)}
-    variables |= {"MEGA_MOE_PREFLIGHT": "off", "MEGA_MOE_WARM_UP": "strict", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    url, options = f"http://127.0.0.1:{port}", ("--log-every", "5", "--health-url", f"http://127.0.0.1:{port}/health")
-    with log.open("wb") as stream, service(status, directory / f"{name}-watch.log", *options) as watcher:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | variables
-        )
-        try:
-            yield watcher, url, log
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
+FLAGS = (
+    "--tokenizer-mode deepseek_v4 --max-model-len 256 --max-num-seqs 2 --max-num-batched-tokens 128 "
+    "--distributed-executor-backend vllm.v1.executor.uniproc_executor.UniProcExecutor"
+)
 
 
 def files(answer: dict[str, Any], *stages: str) -> dict[str, int]:
@@ -51,8 +25,18 @@ def files(answer: dict[str, Any], *stages: str) -> dict[str, int]:
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_a_second_start_compiles_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    settings = {
+        "MEGA_MOE_CACHE_DIR": str(tmp_path / "cache"),
+        "MEGA_MOE_WARM_UP": "strict",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     for name in ("first", "second"):
-        with entrypoint(checkpoint, tmp_path, name) as (watcher, url, log):
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        flags = ["--served-model-name", NAME, "--port", str(port), *FLAGS.split()]
+        options = ("--log-every", "5", "--health-url", f"{url}/health")
+        server = entrypoint(checkpoint, tmp_path / name, *flags, settings=settings, status_options=options)
+        with server as (_, watcher, log):
             answers = follow(watcher, lambda answer: answer["code"] != 503)
             ready = answers[-1]
             assert ready["state"] == "ready", (ready["reason"], log.read_text()[-3000:])

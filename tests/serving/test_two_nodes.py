@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.startup_cases import Service, service
-
-from .support import NAME, REPOSITORY, Server, free_port, mean_difference, post, prompt_logprobs, prompt_tokens
+from .support import NAME, Server, free_port, mean_difference, post, prompt_logprobs, prompt_tokens
 from .test_logprobs import TOLERANCE
-from .watched import TIMEOUT_S, follow_to_ready
-
-
-@contextlib.contextmanager
-def pod(
-    model: Path, directory: Path, *flags: str, status_options: tuple[str, ...] = ()
-) -> Iterator[tuple[subprocess.Popen[bytes], Service, Path]]:
-    """An entrypoint and the status service beside it; both end with the block."""
-    status, log = directory / "status", directory / "server.log"
-    status.mkdir(parents=True)
-    settings = {"MEGA_MOE_STATUS_DIR": str(status), "MEGA_MOE_CACHE_DIR": str(directory / "cache")}
-    # The CPU has no GPU for the preflight to find; its tests are elsewhere.
-    settings |= {"MEGA_MOE_PREFLIGHT": "off", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "scripts/entrypoint.py", str(model), *flags]
-    with log.open("wb") as stream, service(status, directory / "status.log", *status_options) as watcher:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | settings
-        )
-        try:
-            yield process, watcher, log
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(90)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+from .watched import TIMEOUT_S, entrypoint, follow_to_ready
 
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
@@ -63,8 +31,8 @@ def test_leader_and_worker_serve_as_one(checkpoint: Path, expected: dict[int, li
     same += ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(free_port())]
     health = ("--health-url", f"http://127.0.0.1:{port}/health")
     with (
-        pod(checkpoint, tmp_path / "worker", *same, "--headless", "--data-parallel-start-rank=1") as worker,
-        pod(checkpoint, tmp_path / "leader", *same, status_options=health) as leader,
+        entrypoint(checkpoint, tmp_path / "worker", *same, "--headless", "--data-parallel-start-rank=1") as worker,
+        entrypoint(checkpoint, tmp_path / "leader", *same, status_options=health) as leader,
     ):
         for _, watcher, _ in (leader, worker):
             follow_to_ready(watcher)

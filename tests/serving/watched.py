@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,35 @@ class Watched(NamedTuple):
     base_url: str
     log: Path
     watcher: Service
+
+
+@contextlib.contextmanager
+def entrypoint(
+    model: Path,
+    directory: Path,
+    *flags: str,
+    settings: Mapping[str, str] | None = None,
+    status_options: tuple[str, ...] = (),
+) -> Iterator[tuple[subprocess.Popen[bytes], Service, Path]]:
+    """The image's entrypoint, the status service beside it, and its log; both end with the block."""
+    status, log = directory / "status", directory / "server.log"
+    status.mkdir(parents=True)
+    variables = {"MEGA_MOE_STATUS_DIR": str(status), "MEGA_MOE_CACHE_DIR": str(directory / "cache")}
+    # The CPU has no GPU for the preflight to find; its tests are elsewhere.
+    variables |= {"MEGA_MOE_PREFLIGHT": "off", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | variables | (settings or {})
+    command = [sys.executable, "scripts/entrypoint.py", str(model), *flags]
+    with log.open("wb") as stream, service(status, directory / "status.log", *status_options) as watcher:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        try:
+            yield process, watcher, log
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextlib.contextmanager
