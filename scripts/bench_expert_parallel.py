@@ -3,12 +3,13 @@
 
     bench_expert_parallel.py --minutes 60 --stock-site /tmp/stock --json expert-parallel.json
 
-1. V4-Pro's layers, few of them, from a checkpoint: tensor and expert parallel over all GPUs against one GPU. Same
-   log-probabilities and greedy tokens up to rounding, or the status is 1.
+1. V4-Pro's layers, few of them, from a checkpoint: tensor and expert parallel over all GPUs against one GPU, and against
+   stock vLLM. Same log-probabilities and greedy tokens up to rounding, or the status is 1.
 2. All 61 layers with random weights made in place: the 384 experts of V4-Pro on 8 GPUs, 192 on 4, the same 48 and
    101 GiB a GPU; on 2 GPUs 64, the most that fit of the numbers that vLLM's router kernel knows. Time per output token
    at 1, 8, 32 and 128 sequences, prefill of 8192 tokens, memory left for the KV cache and the phases of start-up, for
-   both vLLMs in turn.
+   both vLLMs in turn. Through so many layers of random weights rounding grows until single tokens cannot be compared:
+   what the two say must still be clearly alike.
 
 Every stage has a limit and the report is written after each, so a run that is cut off leaves what it has; ``--resume``
 goes on with the stages that are missing. NVLink multicast is switched off. DeepGEMM's kernels are compiled when first
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import cache_environment as caches
 from serving_bench import client, compare, report, whole_model
-from serving_bench.expert_parallel_report import OWN, STOCK, judge, render
+from serving_bench.expert_parallel_report import FEW, OWN, STOCK, WHOLE, judge, render
 from serving_bench.server import Server, end_servers_with_this_process, server, start_phases
 
 EXPERTS = {8: 384, 4: 192, 2: 64, 1: 32}  # by ranks; vLLM's router kernel has powers of two, 192, 320, 384, 448 and 576
@@ -50,6 +51,7 @@ FLAGS = (
     "--cudagraph-capture-sizes 1 2 4 8 16 32 64 128 "
     """--compilation-config '{"cudagraph_mode":"FULL_AND_PIECEWISE","pass_config":{"fuse_allreduce_rms":false}}'"""
 )
+STAGES = ("few-one", "few-all", "few-stock", "whole-own", "whole-stock")
 SHM_GIB_A_GPU = 1.0
 LEAST_SECONDS = 60  # a stage is not begun with less time left
 
@@ -87,23 +89,25 @@ class Bench:
         visible = gpus if a.devices else None
         return server(f"{side}-{label}", model, flags, a.logs, path=folders, gpus=visible, environment=environment)
 
-    def few_layers(self, gpus: list[int]) -> dict:
+    def few_layers(self, side: str, gpus: list[int]) -> dict:
         """Log-probabilities and greedy tokens of the checkpoint with few layers."""
-        with self.server(OWN, f"few-{len(gpus)}", self.a.few_model, gpus, precision="w4a16") as running:
+        with self.server(side, f"few-{len(gpus)}", self.a.few_model, gpus, precision="w4a16") as running:
             running.start(max(1.0, self.left()))
             found = compare.answers(running.base_url)
             again = compare.difference(compare.answers(running.base_url), found)
-            (self.a.logs / f"few-{len(gpus)}.json").write_text(json.dumps(found, default=vars))
+            self._answers_file(side, f"few-{len(gpus)}").write_text(json.dumps(found, default=vars))
             return {
                 "itself": again,
                 "phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"])),
                 **running.facts(),
             }
 
-    def compare_few(self, ranks: int) -> dict:
-        """All GPUs against one."""
-        one, many = (_answers(self.a.logs / f"few-{count}.json") for count in (1, ranks))
-        return compare.difference(many, one)
+    def compare(self, mine: tuple[str, str], reference: tuple[str, str]) -> dict:
+        """What one side answered in one stage against another."""
+        return compare.difference(*(_answers(self._answers_file(*which)) for which in (mine, reference)))
+
+    def _answers_file(self, side: str, label: str) -> Path:
+        return self.a.logs / f"{side}-{label}-answers.json"
 
     def whole(self, side: str, gpus: list[int]) -> dict:
         """Times of the whole model."""
@@ -125,8 +129,8 @@ class Bench:
             found["memory_mib"] = _device_memory(gpus)
             self.report.write()
             for sequences in SEQUENCES:
-                client.decode(running.base_url, sequences, PROMPT_TOKENS, 8, seed=sequences)
-                timed = client.decode(running.base_url, sequences, PROMPT_TOKENS, OUTPUT_TOKENS, seed=1000 + sequences)
+                for seed in (sequences, 1000 + sequences):  # the first compiles what its batches need, the second counts
+                    timed = client.decode(running.base_url, sequences, PROMPT_TOKENS, OUTPUT_TOKENS, seed=seed)
                 found["decode"].append(timed)
                 print(f"[bench] {side}: {timed}", flush=True)
                 self.report.write()
@@ -141,24 +145,22 @@ class Bench:
     def _sanity(self, running: Server, side: str) -> dict:
         """Greedy tokens and log-probabilities are numbers, and the same twice."""
         found = compare.answers(running.base_url)
-        (self.a.logs / f"whole-{side}.json").write_text(json.dumps(found, default=vars))
+        self._answers_file(side, "whole").write_text(json.dumps(found, default=vars))
         return compare.difference(compare.answers(running.base_url), found)
-
-    def compare_whole(self) -> dict:
-        """Own against stock: the weights made in place are the same."""
-        own, stock = (_answers(self.a.logs / f"whole-{side}.json") for side in (OWN, STOCK))
-        return compare.difference(own, stock)
 
     def run(self, wanted: list[str], gpus: list[int], made: report.Report) -> None:
         """Every wanted stage that there is time for."""
         self.report = made
+        all_few = f"few-{len(gpus)}"
         stages = {
-            "one GPU, few layers": ("few-one", lambda: self.few_layers(gpus[:1])),
-            "all GPUs, few layers": ("few-all", lambda: self.few_layers(gpus)),
-            "all GPUs against one": ("few-all", lambda: self.compare_few(len(gpus))),
+            "one GPU, few layers": ("few-one", lambda: self.few_layers(OWN, gpus[:1])),
+            "all GPUs, few layers": ("few-all", lambda: self.few_layers(OWN, gpus)),
+            "all GPUs against one": ("few-all", lambda: self.compare((OWN, all_few), (OWN, "few-1"))),
+            f"{STOCK}, all GPUs, few layers": ("few-stock", lambda: self.few_layers(STOCK, gpus)),
+            FEW: ("few-stock", lambda: self.compare((OWN, all_few), (STOCK, all_few))),
             f"{OWN}, whole model": ("whole-own", lambda: self.whole(OWN, gpus)),
             f"{STOCK}, whole model": ("whole-stock", lambda: self.whole(STOCK, gpus)),
-            "own against stock, whole model": ("whole-stock", self.compare_whole),
+            WHOLE: ("whole-stock", lambda: self.compare((OWN, "whole"), (STOCK, "whole"))),
         }
         for name, (group, stage) in stages.items():
             if group not in wanted or "result" in made.data["stages"].get(name, {}):
@@ -207,14 +209,14 @@ def main() -> int:
     """Run the stages within the budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="budget of this run")
-    parser.add_argument("--stages", default="few-one,few-all,whole-own,whole-stock", help="default: all, in this order")
+    parser.add_argument("--stages", default=",".join(STAGES), help="default: all, in this order")
     parser.add_argument("--ranks", type=int, help="GPUs to use: 2, 4 or 8; default: the most of these that there are")
     parser.add_argument("--layers", type=int, default=whole_model.PRO_LAYERS, help="of the whole model")
     parser.add_argument("--few-model", type=Path, default=Path("build/pro-few"), help="checkpoint; written if absent")
     parser.add_argument("--few-layers", type=int, default=4)
     parser.add_argument("--few-experts", type=int, default=64)
     parser.add_argument("--own-site", type=Path, help="folder with the patched vllm; default: this Python's")
-    parser.add_argument("--stock-site", type=Path, help="folder with an unpatched vllm, for whole-stock")
+    parser.add_argument("--stock-site", type=Path, help="folder with an unpatched vllm, for few-stock, whole-stock")
     parser.add_argument("--caches", type=Path, default=Path("build/caches"), help="a directory below it for each side")
     parser.add_argument("--logs", type=Path, default=Path("build/bench-logs"))
     parser.add_argument("--flags", default=FLAGS, help=f"of every server, default: {FLAGS}".replace("%", "%%"))
@@ -222,10 +224,10 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the finished stages of an earlier report")
     a = parser.parse_args()
     wanted = a.stages.split(",")
-    if unknown := set(wanted) - {"few-one", "few-all", "whole-own", "whole-stock"}:
-        parser.error(f"--stages: unknown {', '.join(sorted(unknown))}")
-    if "whole-stock" in wanted and a.stock_site is None:
-        parser.error("--stock-site: name a folder with an unpatched vllm, or leave whole-stock out of --stages")
+    if unknown := set(wanted) - set(STAGES):
+        parser.error(f"--stages: unknown {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    if (stock := [stage for stage in wanted if stage.endswith("-stock")]) and a.stock_site is None:
+        parser.error(f"--stock-site: name a folder with an unpatched vllm, or leave {', '.join(stock)} out of --stages")
     found = devices()
     a.devices = bool(found)
     a.ranks = a.ranks or next((n for n in (8, 4, 2) if n <= len(found)), 1)
@@ -240,7 +242,7 @@ def main() -> int:
     made = report.Report(a.json, render)
     if a.resume and a.json.exists():
         made.data["stages"] = json.loads(a.json.read_text())["stages"]
-    if {"few-one", "few-all"} & set(wanted) and not (a.few_model / "config.json").exists():
+    if any(stage.startswith("few-") for stage in wanted) and not (a.few_model / "config.json").exists():
         tool = [sys.executable, str(Path(__file__).with_name("make_checkpoint.py")), str(a.few_model)]
         tool += ["--preset", "pro", "--max-positions", str(whole_model.POSITIONS)]
         subprocess.run([*tool, "--layers", str(a.few_layers), "--experts-count", str(a.few_experts)], check=True)

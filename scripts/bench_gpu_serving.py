@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cache_environment as caches
-from serving_bench import client, compare, report
+from serving_bench import compare, report
 from serving_bench.drive import drive
 from serving_bench.server import NAME, Server, ServerError, end_servers_with_this_process, server, start_phases
 from serving_bench.warm_plan import plan
@@ -118,14 +118,14 @@ class Side:
             return found | running.facts()
 
     def bench(self, running: Server, found: dict) -> None:
-        """``vllm bench serve`` at every setting, after requests of its shapes, so that no compilation is measured."""
+        """``vllm bench serve`` twice at every setting: the first compiles what its batches need, the second counts."""
         a = self.arguments
         measured = found["bench"] = {}
         for name, setting in a.settings.items():
-            inputs, outputs, _, at_once = setting
-            client.decode(running.base_url, at_once, inputs, outputs)
-            out = a.logs / f"{running.label}-{name}.json"
-            measured[name] = vllm_bench(running, a.model, setting, out, a.bench_flags)
+            for count in ("thrown-away", "measured"):
+                out = a.logs / f"{running.label}-{name}-{count}.json"
+                result = vllm_bench(running, a.model, setting, out, a.bench_flags)
+            measured[name] = result
             self.report.write()
 
     def second_start(self) -> dict:

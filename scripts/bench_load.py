@@ -50,8 +50,8 @@ def needed_bytes(model: Path, rank: int, ranks: int) -> int:
     return total
 
 
-def load(model: Path, load_format: str, ranks: int, populate: bool) -> list[dict[str, float]]:
-    """Load in ``ranks`` processes at once and return what each measured.
+def load(model: Path, load_format: str, ranks: int, flags: list[str]) -> list[dict[str, float]]:
+    """Load in ``ranks`` processes at once, each with ``flags`` of load_bench.rank, and return what each measured.
 
     Raises:
         RuntimeError: a rank failed; with the end of its log.
@@ -66,7 +66,7 @@ def load(model: Path, load_format: str, ranks: int, populate: bool) -> list[dict
         processes = []
         for rank in range(ranks):
             command = [sys.executable, "-m", "load_bench.rank", str(model), load_format]
-            command += [str(rank), str(ranks), str(port), "--look", *["--populate"] * populate]
+            command += [str(rank), str(ranks), str(port), "--look", *flags]
             with open(f"{logs}/{rank}", "wb") as log:
                 processes.append(
                     subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=log, env=environment)
@@ -90,11 +90,12 @@ def measure(
     files = sorted(model.glob("*.safetensors"))
     loads = []
     for number, (count, cache, populate) in itertools.product(range(rounds), cases):
+        flags = ["--populate"] * populate + ["--warm"] * (cache == "warm")
         useful = sum(needed_bytes(model, rank, count) for rank in range(count))
         for loader, load_format in list(LOADERS.items())[:: -1 if number % 2 else 1]:
-            (disk.make_cold if cache == "cold" else disk.make_warm)(files)
+            disk.make_cold(files)
             before = ProcessorSeconds.now()
-            results = load(model, load_format, count, populate)
+            results = load(model, load_format, count, flags)
             others = before.used_by_others()
             rates = results[0].pop("disk")
             seconds = max(result["read_seconds"] for result in results)

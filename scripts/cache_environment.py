@@ -49,8 +49,12 @@ COMPILERS = (
     Compiler("CUDA driver", "CUDA_CACHE_PATH", "cuda"),
 )
 
-# Written without a compilation: locks, logs, files under way, and what vLLM notes about models and links.
-_NOT_COMPILED = ("*.lock", "*.log", ".ninja_*", "*.tmp", "*/tmp/*", "*/locks/*", "*/modelinfos/*", "*p2p_access_cache*")
+# Written without a compilation: locks, logs, files under way, what vLLM notes about models and links, and the empty
+# file beside a kernel that DeepGEMM touches whenever it loads it.
+_NOT_COMPILED = (
+    *("*.lock", "*.log", ".ninja_*", "*.tmp", "*/tmp/*", "*/locks/*"),
+    *("*/modelinfos/*", "*p2p_access_cache*", ".committed"),
+)
 
 Snapshot = dict[str, tuple[int, int]]
 

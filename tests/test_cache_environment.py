@@ -87,7 +87,13 @@ def test_a_directory_that_does_not_exist_holds_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["humming/a.lock", "flashinfer/.cache/flashinfer/flashinfer_jit.log", "tilelang/tmp/12_ab", "humming/.ninja_log"],
+    [
+        "humming/a.lock",
+        "flashinfer/.cache/flashinfer/flashinfer_jit.log",
+        "tilelang/tmp/12_ab",
+        "humming/.ninja_log",
+        "deep_gemm/cache/sm90_fp8_gemm_1d2d.0dbd24a6/.committed",
+    ],
 )
 def test_locks_logs_and_files_under_way_are_no_compilation(tmp_path, name):
     before = tmp_path / "before.json"

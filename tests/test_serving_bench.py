@@ -266,6 +266,39 @@ def test_the_expert_parallel_report_shows_what_a_cut_off_stage_had():
     assert any("expected NVFP4_MEGAMOE" in fault for fault in wrong)
 
 
+def expert_parallel_stages(**changes):
+    alike = {"result": {"mean": 0.02, "correlation": 0.99, "parting_gaps": []}}
+    own, stock = ({"result": {"moe_backend": backend}} for backend in ("NVFP4_MEGAMOE", "HUMMING"))
+    stages = {
+        "one GPU, few layers": own, "all GPUs, few layers": own, "all GPUs against one": alike,
+        "stock, all GPUs, few layers": stock, expert_parallel_report.FEW: alike,
+        "own, whole model": own, "stock, whole model": stock,
+        expert_parallel_report.WHOLE: {"result": {"mean": 1.0, "correlation": 0.7, "parting_gaps": [None]}},
+    }  # fmt: skip
+    return {"about": report.about(), "stages": stages | changes}
+
+
+def test_a_good_expert_parallel_report_has_no_fault():
+    assert expert_parallel_report.judge(expert_parallel_stages()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "result", "fault"),
+    [
+        ("stock, all GPUs, few layers", {"moe_backend": "NVFP4_MEGAMOE"}, "--stock-site is patched"),
+        ("stock, whole model", {"moe_backend": "NVFP4_MEGAMOE"}, "--stock-site is patched"),
+        ("own, whole model", {"moe_backend": "HUMMING"}, "expected NVFP4_MEGAMOE"),
+        (expert_parallel_report.FEW, {"mean": 0.3, "correlation": 0.9, "parting_gaps": []}, "differ by 0.3"),
+        (expert_parallel_report.WHOLE, {"mean": 1.0, "correlation": 0.2}, "correlate by 0.20"),
+        (expert_parallel_report.WHOLE, {"mean": 1.0, "correlation": None}, "correlate by 0.00"),
+        (expert_parallel_report.WHOLE, {"mean": 1.0, "correlation": float("nan")}, "correlate by nan"),
+    ],
+)
+def test_faults_of_an_expert_parallel_report_are_named(stage, result, fault):
+    wrong = expert_parallel_report.judge(expert_parallel_stages(**{stage: {"result": result}}))
+    assert len(wrong) == 1 and fault in wrong[0]
+
+
 def test_four_gpus_hold_what_each_of_eight_would():
     for ranks in (4, 8):
         geometry = whole_model.pro(bench_expert_parallel.EXPERTS[ranks])
@@ -404,6 +437,11 @@ def test_the_whole_model_is_measured_step_by_step(tmp_path, monkeypatch):
     assert [d["sequences"] for d in found["decode"]] == [1, 3]
     assert found["layers"] == 2
     assert "ms per output token, 3 sequences" in (tmp_path / "r.md").read_text()
+    arguments.few_model = tmp_path / "few"
+    bench_expert_parallel.Bench(arguments).run(["few-all", "few-stock", "whole-stock"], [0], made)
+    for comparison in (expert_parallel_report.FEW, expert_parallel_report.WHOLE):
+        assert report.result(made.data, comparison, "mean") == 0.0
+        assert report.result(made.data, comparison, "tokens_compared") > 0
     arguments.minutes = 0
     bench_expert_parallel.Bench(arguments).run(["whole-own", "few-one"], [0], made)
     assert "of the budget were left" in made.data["stages"]["one GPU, few layers"]["skipped"]

@@ -113,6 +113,8 @@ def load(options: argparse.Namespace) -> dict:
         torch.distributed.barrier()
         if looks:
             disk_rates.append(disk.look(files))
+        if options.warm and options.rank == 0:
+            disk.make_warm(files)
         torch.distributed.barrier()
         marks.update(before=anonymous_bytes(), storage=storage_bytes(), started=time.perf_counter())
         return made
@@ -163,6 +165,9 @@ def parsed() -> argparse.Namespace:
         action="store_true",
         help="find every page of the parameters before the clock starts: on a GPU their memory is there before the "
         "load begins, on a CPU the system finds it page by page at the first write",
+    )
+    parser.add_argument(
+        "--warm", action="store_true", help="bring the files into memory before the clock starts, and hold them there"
     )
     parser.add_argument("--look", action="store_true", help="measure the disk right before and right after")
     parser.add_argument("--digest", action="store_true", help="hash all parameters")

@@ -12,6 +12,8 @@ from serving_bench.client import Greedy, greedy, prompt, prompt_logprobs
 MEAN_LIMIT = 0.07
 # Where two greedy continuations part, both tokens must be about equally likely.
 PARTING_LIMIT = 0.25
+# Through V4-Pro's 61 layers of random weights rounding grows until single values cannot be compared.
+LEAST_CORRELATION = 0.5
 PROMPTS = (37, 300, 1500)
 CONTINUATION = 48
 
@@ -26,7 +28,7 @@ def answers(base_url: str) -> dict[str, list]:
 
 
 def difference(mine: dict[str, list], reference: dict[str, list]) -> dict[str, object]:
-    """Mean and largest absolute difference of log-probabilities, and how far greedy continuations agree.
+    """Mean and largest absolute difference of log-probabilities, their correlation, and how far greedy texts agree.
 
     ``parting_gaps`` has, for each continuation that parts from the reference's, by how much the reference prefers its
     own token there; None where our token is not among its five likeliest. Compared up to there only: after it the two
@@ -41,10 +43,19 @@ def difference(mine: dict[str, list], reference: dict[str, list]) -> dict[str, o
         "tokens_compared": len(gaps),
         "mean": statistics.fmean(gaps),
         "max": max(gaps),
+        "correlation": _correlation(pairs),
         "greedy_equal_tokens": [at for at, _ in partings],
         "greedy_tokens": [len(y.tokens) for y in reference["greedy"]],
         "parting_gaps": [gap for (at, gap), y in zip(partings, reference["greedy"], strict=True) if at < len(y.tokens)],
     }
+
+
+def _correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's; None where one side says the same everywhere."""
+    try:
+        return statistics.correlation(*zip(*pairs, strict=True))
+    except statistics.StatisticsError:
+        return None
 
 
 def parting(mine: Greedy, reference: Greedy) -> tuple[int, float | None]:

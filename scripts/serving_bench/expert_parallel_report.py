@@ -5,6 +5,7 @@ from __future__ import annotations
 from serving_bench import compare, report
 
 OWN, STOCK = "own", "stock"
+FEW, WHOLE = "own against stock, few layers", "own against stock, whole model"
 
 
 def render(data: dict) -> str:
@@ -58,11 +59,13 @@ def render(data: dict) -> str:
                 state,
                 stage.get("seconds"),
                 judged.get("mean"),
+                judged.get("correlation"),
                 judged.get("greedy_equal_tokens"),
                 judged.get("parting_gaps"),
             ]
         )
-    header = ["stage", "state", "s", "log-probabilities: mean difference", "equal greedy tokens", "parting gaps"]
+    header = ["stage", "state", "s", "log-probabilities: mean difference", "correlation"]
+    header += ["equal greedy tokens", "parting gaps"]
     lines += [report.table(header, rows), "", *(f"- WRONG: {fault}" for fault in data.get("wrong", []))]
     return "\n".join(lines)
 
@@ -75,14 +78,22 @@ def whole(data: dict, side: str) -> dict:
 def judge(data: dict) -> list[str]:
     """What is wrong with the stages that ran; empty where nothing is."""
     wrong = []
-    for name in ("all GPUs against one", "own against stock, whole model"):
+    for name in ("all GPUs against one", FEW):
         if (found := report.result(data, name)) is not None:
             wrong += [f"{name}: {fault}" for fault in compare.faults(found)]
+    if (found := report.result(data, WHOLE)) is not None:
+        correlation = found["correlation"] or 0.0
+        if not correlation >= compare.LEAST_CORRELATION:  # a NaN is wrong too
+            wrong.append(
+                f"{WHOLE}: log-probabilities correlate by {correlation:.2f}, expected {compare.LEAST_CORRELATION}"
+            )
     for name, stage in data["stages"].items():
-        backend = (stage.get("result") or {}).get("moe_backend", "")
-        if "few layers" in name or name.startswith(OWN):
-            if "result" in stage and "against" not in name and backend != "NVFP4_MEGAMOE":
-                wrong.append(f"{name}: the log names the backend {backend}, expected NVFP4_MEGAMOE")
-        elif backend == "NVFP4_MEGAMOE":
-            wrong.append(f"{name}: stock vLLM used this project's backend; --stock-site is patched")
+        if "result" not in stage or name in ("all GPUs against one", FEW, WHOLE):
+            continue
+        backend = stage["result"].get("moe_backend", "")
+        if name.startswith(STOCK):
+            if backend == "NVFP4_MEGAMOE":
+                wrong.append(f"{name}: stock vLLM used this project's backend; --stock-site is patched")
+        elif backend != "NVFP4_MEGAMOE":
+            wrong.append(f"{name}: the log names the backend {backend}, expected NVFP4_MEGAMOE")
     return wrong
