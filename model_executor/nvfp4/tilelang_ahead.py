@@ -1,9 +1,9 @@
 """Compiles TileLang kernels in several processes while the weights are read.
 
-vLLM compiles them when the weights are there, in the rank's process, one after the other: for DeepSeek-V4 some forty at
-5 to 11 s each. None depends on weights, and the model registers them while it is made. Here other processes compile
-them into TileLang's directory as soon as the model is made, and before its first run the rank waits for the last; vLLM
-then finds them there.
+vLLM compiles them when the weights are there, in the rank's process, one after the other: for DeepSeek-V4 some forty,
+which takes minutes. None depends on weights, and the model registers them while it is made. Here other processes
+compile them into TileLang's directory as soon as the model is made, and before its first run the rank waits for the
+last; vLLM then finds them there.
 
 The ranks of a host compile the same kernels: one takes the lock, the others wait for it and find the work done. What
 could not be compiled is logged, and left to vLLM.
