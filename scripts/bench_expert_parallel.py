@@ -3,8 +3,8 @@
 
     bench_expert_parallel.py --minutes 60 --stock-site /tmp/stock --json expert-parallel.json
 
-1. V4-Pro's layers, few of them, from a checkpoint: tensor and expert parallel over all GPUs against one GPU, and against
-   stock vLLM. Same log-probabilities and greedy tokens up to rounding, or the status is 1.
+1. V4-Pro's layers, few of them, from a checkpoint: tensor and expert parallel over all GPUs against one GPU, and
+   against stock vLLM. Same log-probabilities and greedy tokens up to rounding, or the status is 1.
 2. All 61 layers with random weights made in place: the 384 experts of V4-Pro on 8 GPUs, 192 on 4, the same 48 and
    101 GiB a GPU; on 2 GPUs 64, the most that fit of the numbers that vLLM's router kernel knows. Time per output token
    at 1, 8, 32 and 128 sequences, prefill of 8192 tokens, memory left for the KV cache and the phases of start-up, for
@@ -129,7 +129,7 @@ class Bench:
             found["memory_mib"] = _device_memory(gpus)
             self.report.write()
             for sequences in SEQUENCES:
-                for seed in (sequences, 1000 + sequences):  # the first compiles what its batches need, the second counts
+                for seed in (sequences, 1000 + sequences):  # the first compiles what batches need, the second counts
                     timed = client.decode(running.base_url, sequences, PROMPT_TOKENS, OUTPUT_TOKENS, seed=seed)
                 found["decode"].append(timed)
                 print(f"[bench] {side}: {timed}", flush=True)

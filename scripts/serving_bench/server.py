@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,16 +128,25 @@ class Server:
 
 
 def end_servers_with_this_process() -> None:
-    """Have SIGTERM and SIGINT end this process and every server that it started, whatever its threads wait for."""
+    """Have SIGTERM and SIGINT end this process and every server that it started, whatever its threads wait for.
 
-    def end(signum: int, _frame: object) -> None:
+    A thread does it, which the signal reaches through a pipe: a handler in Python would wait for the main thread, which
+    a signal between its last instruction and a blocking call does not wake.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+
+    def end() -> None:
+        signum = os.read(reading, 1)[0]
         for process in _started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         os._exit(128 + signum)
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: None)
+    threading.Thread(target=end, name="end-servers", daemon=True).start()
 
 
 def compilations(log: str) -> list[str]:

@@ -93,6 +93,10 @@ def stack(engine: Engine, bases: None) -> Iterator[list[dict]]:
     watcher.start()
     try:
         _compose(engine, "up", "--detach", "--wait", "--wait-timeout", "400", "vllm-cpu", "status-cpu", "prometheus")
+        # The service looks every second: it may see that the server is ready after the engine does.
+        deadline = time.monotonic() + 60
+        while not any(answer["state"] == "ready" for answer in answers) and time.monotonic() < deadline:
+            time.sleep(0.1)
         done.set()
         watcher.join()
         yield answers
