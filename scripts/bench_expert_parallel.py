@@ -31,7 +31,7 @@ from pathlib import Path
 
 import cache_environment as caches
 from serving_bench import client, compare, report, whole_model
-from serving_bench.expert_parallel_report import FEW, OWN, STOCK, WHOLE, judge, render
+from serving_bench.expert_parallel_report import FEW, ONE, OWN, STOCK, WHOLE, judge, render
 from serving_bench.server import Server, end_servers_with_this_process, server, start_phases
 
 EXPERTS = {8: 384, 4: 192, 2: 64, 1: 32}  # by ranks; vLLM's router kernel has powers of two, 192, 320, 384, 448 and 576
@@ -93,11 +93,8 @@ class Bench:
         """Log-probabilities and greedy tokens of the checkpoint with few layers."""
         with self.server(side, f"few-{len(gpus)}", self.a.few_model, gpus, precision="w4a16") as running:
             running.start(max(1.0, self.left()))
-            found = compare.answers(running.base_url)
-            again = compare.difference(compare.answers(running.base_url), found)
-            self._answers_file(side, f"few-{len(gpus)}").write_text(json.dumps(found, default=vars))
             return {
-                "itself": again,
+                "itself": self._answer_twice(running, side, f"few-{len(gpus)}"),
                 "phases": start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"])),
                 **running.facts(),
             }
@@ -137,15 +134,15 @@ class Bench:
             client.prefill(running.base_url, PREFILL_TOKENS, repeats=1, seed=1)
             found["prefill"] = client.prefill(running.base_url, PREFILL_TOKENS, repeats=3, seed=2)
             self.report.write()
-            found["answers_differ_from_themselves"] = self._sanity(running, side)
+            found["answers_differ_from_themselves"] = self._answer_twice(running, side, "whole")
             found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(a.caches / side)))
             found |= running.facts()
         return found
 
-    def _sanity(self, running: Server, side: str) -> dict:
-        """Greedy tokens and log-probabilities are numbers, and the same twice."""
+    def _answer_twice(self, running: Server, side: str, label: str) -> dict:
+        """Keep the greedy tokens and log-probabilities of ``running``; how a second time differs from them."""
         found = compare.answers(running.base_url)
-        self._answers_file(side, "whole").write_text(json.dumps(found, default=vars))
+        self._answers_file(side, label).write_text(json.dumps(found, default=vars))
         return compare.difference(compare.answers(running.base_url), found)
 
     def run(self, wanted: list[str], gpus: list[int], made: report.Report) -> None:
@@ -155,7 +152,7 @@ class Bench:
         stages = {
             "one GPU, few layers": ("few-one", lambda: self.few_layers(OWN, gpus[:1])),
             "all GPUs, few layers": ("few-all", lambda: self.few_layers(OWN, gpus)),
-            "all GPUs against one": ("few-all", lambda: self.compare((OWN, all_few), (OWN, "few-1"))),
+            ONE: ("few-all", lambda: self.compare((OWN, all_few), (OWN, "few-1"))),
             f"{STOCK}, all GPUs, few layers": ("few-stock", lambda: self.few_layers(STOCK, gpus)),
             FEW: ("few-stock", lambda: self.compare((OWN, all_few), (STOCK, all_few))),
             f"{OWN}, whole model": ("whole-own", lambda: self.whole(OWN, gpus)),

@@ -5,7 +5,12 @@ from __future__ import annotations
 from serving_bench import compare, report
 
 OWN, STOCK = "own", "stock"
-FEW, WHOLE = "own against stock, few layers", "own against stock, whole model"
+# The stages that compare what others have answered.
+COMPARISONS = ONE, FEW, WHOLE = (
+    "all GPUs against one",
+    "own against stock, few layers",
+    "own against stock, whole model",
+)
 
 
 def render(data: dict) -> str:
@@ -78,17 +83,17 @@ def whole(data: dict, side: str) -> dict:
 def judge(data: dict) -> list[str]:
     """What is wrong with the stages that ran; empty where nothing is."""
     wrong = []
-    for name in ("all GPUs against one", FEW):
+    for name in (ONE, FEW):
         if (found := report.result(data, name)) is not None:
             wrong += [f"{name}: {fault}" for fault in compare.faults(found)]
     if (found := report.result(data, WHOLE)) is not None:
-        correlation = found["correlation"] or 0.0
+        correlation = found.get("correlation") or 0.0  # a resumed report may be from before there was one
         if not correlation >= compare.LEAST_CORRELATION:  # a NaN is wrong too
             wrong.append(
                 f"{WHOLE}: log-probabilities correlate by {correlation:.2f}, expected {compare.LEAST_CORRELATION}"
             )
     for name, stage in data["stages"].items():
-        if "result" not in stage or name in ("all GPUs against one", FEW, WHOLE):
+        if "result" not in stage or name in COMPARISONS:
             continue
         backend = stage["result"].get("moe_backend", "")
         if name.startswith(STOCK):
