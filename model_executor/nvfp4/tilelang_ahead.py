@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "TILELANG_CACHE_DIR"
 JOBS = "MEGA_MOE_COMPILE_JOBS"
 LIMIT_S = 900.0
-_MOST_JOBS = 16  # each takes 1 GB of memory; more than a few kernels each are not worth another import of vLLM
+_MOST_JOBS = 16  # fewer than three kernels each are not worth another import of vLLM, and its memory
 _LOCK = "ahead.lock"
 _WORKER = "vllm.model_executor.nvfp4.tilelang_worker"
 
