@@ -49,12 +49,16 @@ class Case:
 
 
 def random_weights(rng: torch.Generator, experts: int, hidden: int, inter: int, one_scale: bool) -> ExpertWeights:
-    """NVFP4 weights of every code, gate and up with different global scales, input scales by expert or equal."""
+    """NVFP4 weights of every code, gate and up with global scales 1.2 to 2 times apart, input scales equal or not."""
     weights = ExpertWeights.empty(experts, hidden, inter)
     for codes, scale in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
         codes.copy_(torch.randint(0, 256, codes.shape, generator=rng, dtype=torch.uint8))
         scale.copy_((torch.rand(scale.shape, generator=rng) + 0.3).to(torch.float8_e4m3fn))
-    weights.w13_global.copy_((torch.rand(experts, 2, generator=rng) + 0.5) / math.sqrt(hidden) / 3)
+    # Never close to one another: one taken for the other must show.
+    ratio = torch.rand(experts, generator=rng) * 0.8 + 1.2
+    ratio = torch.where(torch.rand(experts, generator=rng) < 0.5, ratio, 1 / ratio)
+    pair = (torch.rand(experts, 1, generator=rng) + 0.5) * torch.stack([ratio.rsqrt(), ratio.sqrt()], 1)
+    weights.w13_global.copy_(pair / math.sqrt(hidden) / 3)
     weights.w2_global.copy_((torch.rand(experts, generator=rng) + 0.5) / math.sqrt(inter) / 3)
     weights.w13_input_scale.copy_(torch.rand(experts, 2, generator=rng) * 1e-3 + 1.5e-3)
     if one_scale:
