@@ -10,8 +10,11 @@ import torch
 from moe_cases import Float32Backend
 from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
+from nvfp4_megamoe.numerics import nvfp4
 from nvfp4_megamoe.selftest import LayerTest, Options
 from nvfp4_megamoe.selftest.judge import CALC_DIFF, COLUMN, NORM, PROBE, ROW
+from nvfp4_megamoe.selftest.limits import limits_for
+from nvfp4_megamoe.selftest.tipping import tipping
 from selftest_cases import GEOMETRY, NAME, Case, NoisyBackend
 
 # The limit over the largest value of a right kernel, and the value of a fault over its limit.
@@ -54,6 +57,30 @@ def test_a_right_kernel_passes_with_the_noise_that_the_budget_allows(rng, precis
         worst = max(worst, nearest(case.report(backend=backend)))
     print(f"nearest to a limit: {worst:.2f} of it")
     assert worst * ROOM < 1
+
+
+def moved_and_allowed(rows: int, intermediate: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative L2 [rows] between random intermediates in NVFP4 and those of noisy sums, and the rows' own limits."""
+    sums = torch.randn((rows, 2 * intermediate), generator=rng, dtype=torch.float64) * 2
+    noise = torch.randn(sums.shape, generator=rng, dtype=torch.float64) * (2 * SUM_NOISE["w4a4"])
+    scale = nvfp4.global_scale_of(oracle.swiglu(sums, 10.0))
+    right, noisy = (oracle.quantize_activations(oracle.swiglu(x, 10.0), scale, "w4a4") for x in (sums, sums + noise))
+    limits = limits_for("w4a4", intermediate, 1)
+    return (right - noisy).norm(dim=1) / right.norm(dim=1), limits.rows(tipping(sums, right, 10.0, scale, "w4a4"))
+
+
+@pytest.mark.parametrize(("intermediate", "rows"), [(3072, 2000), (128, 20000)])
+def test_a_row_may_have_as_many_changed_codes_as_noise_makes(rng, intermediate, rows):
+    moved, allowed = moved_and_allowed(rows, intermediate, rng)
+    print(f"most moved: {moved.max():.3f}, nearest to a limit: {(moved / allowed).max():.2f}")
+    assert moved.max() > 0.003 and (moved < allowed).all()
+
+
+def test_a_row_at_its_limit_does_not_fail_the_mean_of_few():
+    for rows in (1, 4, 18, 1000):
+        limits = limits_for("w4a4", 128, rows)
+        mean = limits.row**2 / rows * (1 - 1e-9)
+        assert 2 * limits.calc_diff >= mean and limits.norm**2 >= mean
 
 
 def test_a_backend_is_judged_by_the_precision_it_chose_for_a_batch(rng):

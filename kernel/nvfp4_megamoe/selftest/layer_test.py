@@ -21,9 +21,10 @@ from nvfp4_megamoe.numerics import nvfp4
 from nvfp4_megamoe.selftest import inputs
 from nvfp4_megamoe.selftest.batches import Batches, make_batches
 from nvfp4_megamoe.selftest.judge import judge_probes, judge_rows
-from nvfp4_megamoe.selftest.limits import Limits, limits_for
+from nvfp4_megamoe.selftest.limits import limits_for
 from nvfp4_megamoe.selftest.probes import Probes, make_probes
 from nvfp4_megamoe.selftest.report import ROUTING, LayerReport, Measurement
+from nvfp4_megamoe.selftest.tipping import Reference, tipping
 
 _SIZES_OF_PRECISIONS = (1, 64, 256, 1024, 4096, 8192)
 
@@ -118,11 +119,23 @@ class LayerTest:
         self._expected = {precision: [] for precision in precisions}
         for precision in precisions:
             routed = torch.zeros((inputs.MIXED_TOKENS + 1, g.hidden), dtype=torch.float64, device=self._device)
+            moved = torch.zeros(len(routed), dtype=torch.float64, device=self._device)
             for column, (expert, own) in enumerate(zip(compared, tokens, strict=True)):
-                out = oracle.expert_stages(weights, expert, torch.cat([own, mixed]), g.swiglu_limit, precision).out
-                self._expected[precision].append(out[: len(own)])
-                routed += out[len(own) :] * self._batches.mixed_weights[:, column, None].to(self._device)
-            self._expected[precision].append(routed)
+                found = self._expert(weights, expert, torch.cat([own, mixed]), precision)
+                self._expected[precision].append(found[: len(own)])
+                slots = found.rows[len(own) :] * self._batches.mixed_weights[:, column, None].to(self._device)
+                routed += slots
+                moved += (slots.norm(dim=1) * found.moved[len(own) :]).square()
+            size = routed.norm(dim=1)
+            self._expected[precision].append(Reference(routed, moved.sqrt() / torch.where(size == 0, 1.0, size)))
+
+    def _expert(
+        self, weights: ExpertWeights, expert: int, x: torch.Tensor, precision: oracle.Precision | tuple
+    ) -> Reference:
+        """The oracle's output of one expert for the tokens ``x``."""
+        limit, scale = self.geometry.swiglu_limit, weights.w2_input_scale[expert]
+        _, gate_up, _, intermediate, out = oracle.expert_stages(weights, expert, x, limit, precision)
+        return Reference(out, tipping(gate_up, intermediate, limit, scale, oracle.of_projections(precision)[1]))
 
     def _sizes(self) -> tuple[int, ...]:
         return (1, 8, 2048) if self.options.all_sizes else ()
@@ -150,16 +163,17 @@ class LayerTest:
     def _judge(self, index: torch.Tensor, out: torch.Tensor) -> list[Measurement]:
         precision = self._precision(len(index))
         label = "+".join(dict.fromkeys(oracle.of_projections(precision)))
-        limits: Limits = limits_for(precision, self.geometry.intermediate)
         found, begin = [], 0
         names = [f"expert {self.expert_ids[expert]}" for expert in self._compared] + [ROUTING]
         for name, expected in zip(names, self._expected[precision], strict=True):
             here = ((index >= begin) & (index < begin + len(expected))).nonzero().flatten()
             if len(here):
-                rows, tokens = (index[here] - begin).to(self._device), len(index)
+                rows = index[here] - begin
+                different = min(len(rows.unique()), len(expected) - (name == ROUTING))  # the last mixed token is zero
+                limits = limits_for(precision, self.geometry.intermediate, different)
                 columns = name != ROUTING and len(here) >= len(expected)
-                got = out[here.to(self._device)]
-                found += judge_rows(name, got, expected[rows], limits, label, tokens, columns=columns)
+                got, wanted = out[here.to(self._device)], expected[rows.to(self._device)]
+                found += judge_rows(name, got, wanted, limits, label, len(index), columns=columns)
             begin += len(expected)
         here = (index >= begin).nonzero().flatten()
         if len(here):
@@ -167,6 +181,7 @@ class LayerTest:
             rows, on_device = here.to(self._device), experts.to(self._device)
             channels, expected = self._probes.channels[on_device], self._probes.expected[precision][on_device]
             names = [f"expert {self.expert_ids[expert]}" for expert in experts.tolist()]
+            limits = limits_for(precision, self.geometry.intermediate, len(here))
             found.append(judge_probes(names, out[rows].gather(1, channels), expected, limits, label, len(index)))
         return found
 

@@ -16,6 +16,7 @@ from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.weights import ExpertWeights
 from nvfp4_megamoe.numerics.nvfp4 import BLOCK
 from nvfp4_megamoe.selftest import inputs
+from nvfp4_megamoe.selftest.tipping import Reference, tipping
 
 BLOCKS = 2
 CHANNELS = 32
@@ -23,11 +24,11 @@ _CHUNK_WEIGHTS = {"cpu": 1 << 20}  # in a CPU's cache; elsewhere 1 << 24, for fe
 
 
 class Probes(NamedTuple):
-    """For E experts: tokens bfloat16 [E, H], channels int64 [E, n], expected float64 [E, n] without routing weights."""
+    """For E experts: tokens bfloat16 [E, H], channels int64 [E, n], expected E rows of n without routing weights."""
 
     tokens: torch.Tensor
     channels: torch.Tensor
-    expected: dict[oracle.Precision | tuple[oracle.Precision, oracle.Precision], torch.Tensor]
+    expected: dict[oracle.Precision | tuple[oracle.Precision, oracle.Precision], Reference]
 
 
 def make_probes(
@@ -59,7 +60,7 @@ def make_probes(
             read = gate_up if first != "w8a8" else _columns(weights, part, blocks[part], first)
             down = _rows(weights, part, channels[part], second)
             expected[precision].append(_expected(weights, part, read, down, x, limit, (first, second)))
-    return Probes(tokens, channels, {precision: torch.cat(parts) for precision, parts in expected.items()})
+    return Probes(tokens, channels, {precision: Reference.cat(parts) for precision, parts in expected.items()})
 
 
 def _choose(experts: int, of: int, count: int, rng: torch.Generator) -> torch.Tensor:
@@ -96,9 +97,10 @@ def _expected(
     x: torch.Tensor,
     limit: float | None,
     precisions: tuple[oracle.Precision, oracle.Precision],
-) -> torch.Tensor:
+) -> Reference:
     x = oracle.quantize_activations(x, weights.w13_input_scale[part].amax(1), precisions[0])
     preactivation = (gate_up.flatten(1, 2) @ x[..., None]).squeeze(-1)
-    activated = oracle.swiglu(preactivation, limit)
-    activated = oracle.quantize_activations(activated, weights.w2_input_scale[part], precisions[1])
-    return (down @ activated[..., None]).squeeze(-1)
+    scale = weights.w2_input_scale[part]
+    intermediate = oracle.quantize_activations(oracle.swiglu(preactivation, limit), scale, precisions[1])
+    moved = tipping(preactivation, intermediate, limit, scale, precisions[1])
+    return Reference((down @ intermediate[..., None]).squeeze(-1), moved)
