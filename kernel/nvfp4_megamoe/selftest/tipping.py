@@ -3,7 +3,7 @@
 A kernel's sums differ from the oracle's by their order. Where that takes a value of the intermediate over a boundary,
 its code changes, and where it takes the largest value of a block over one, the block's scale and with it all 16 values.
 In a block that holds much of a row, one such scale moved the row by 0.18: more than a fault may. So what can tip over
-is found out for each row, instead of leaving room for it in every limit. Without this, 121 of 1,000,000 random rows of
+is found out for each row, instead of leaving room for it in every limit. Without this, 36 of 500,000 random rows of
 I = 3072 would have been beyond their limit, and a start of V4-Pro tests 20,000; with it, of 120,000 rows none came
 nearer than 0.61 of it (sums off by 1e-5; moved_and_allowed of kernel/tests/test_selftest.py).
 """
