@@ -13,11 +13,22 @@ from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 from nvfp4_megamoe.moe.layer import MoELayer
 from nvfp4_megamoe.moe.weights import ExpertWeights
+from nvfp4_megamoe.numerics import nvfp4
 from nvfp4_megamoe.selftest import LayerReport, LayerTest, Options
+from nvfp4_megamoe.selftest.limits import limits_for
+from nvfp4_megamoe.selftest.tipping import tipping
 
 NAME = "layers.3.ffn.experts"
 # The demo's shape with fewer experts, half of them here.
 GEOMETRY = MoEGeometry(num_experts=12, num_local_experts=6, top_k=6, hidden=256, intermediate=128, swiglu_limit=10.0)
+
+# Noise of a right kernel's sums, relative to their root mean square; see selftest/limits.py.
+SUM_NOISE = {"w4a16": 1e-5, "w4a8": 3e-4, "w4a4": 1e-5}
+
+
+def nearest(report) -> float:
+    """The largest value over its limit."""
+    return max(m.value / m.limit for m in report.worst().values())
 
 
 class Case:
@@ -89,6 +100,16 @@ class NoisyBackend:
         hidden = oracle.swiglu(sums, self.geometry.swiglu_limit)
         hidden = oracle.quantize_activations(hidden, w.w2_input_scale[e], second)
         return hidden @ oracle.dequantized(w, e, et.DOWN, second).T
+
+
+def moved_and_allowed(rows: int, intermediate: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative L2 [rows] between random intermediates in NVFP4 and those of noisy sums, and the rows' own limits."""
+    sums = torch.randn((rows, 2 * intermediate), generator=rng, dtype=torch.float64) * 2
+    noise = torch.randn(sums.shape, generator=rng, dtype=torch.float64) * (2 * SUM_NOISE["w4a4"])
+    scale = nvfp4.global_scale_of(oracle.swiglu(sums, 10.0))
+    right, noisy = (oracle.quantize_activations(oracle.swiglu(x, 10.0), scale, "w4a4") for x in (sums, sums + noise))
+    limits = limits_for("w4a4", intermediate, 1)
+    return (right - noisy).norm(dim=1) / right.norm(dim=1), limits.rows(tipping(sums, right, 10.0, scale, "w4a4"))
 
 
 class SizedBackend(NoisyBackend):

@@ -10,25 +10,15 @@ import torch
 from moe_cases import Float32Backend
 from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
-from nvfp4_megamoe.numerics import nvfp4
 from nvfp4_megamoe.selftest import LayerTest, Options
 from nvfp4_megamoe.selftest.judge import CALC_DIFF, COLUMN, NORM, PROBE, ROW
 from nvfp4_megamoe.selftest.limits import limits_for
-from nvfp4_megamoe.selftest.tipping import tipping
-from selftest_cases import GEOMETRY, NAME, Case, NoisyBackend
+from selftest_cases import GEOMETRY, NAME, SUM_NOISE, Case, NoisyBackend, moved_and_allowed, nearest
 
 # The limit over the largest value of a right kernel, and the value of a fault over its limit.
 ROOM = 1.4
 EXCESS = 1.2
 PRECISIONS = ("w4a16", "w4a4")
-
-# Noise of a right kernel's sums, relative to their root mean square; see selftest/limits.py.
-SUM_NOISE = {"w4a16": 1e-5, "w4a8": 3e-4, "w4a4": 1e-5}
-
-
-def nearest(report) -> float:
-    """The largest value over its limit."""
-    return max(m.value / m.limit for m in report.worst().values())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -57,16 +47,6 @@ def test_a_right_kernel_passes_with_the_noise_that_the_budget_allows(rng, precis
         worst = max(worst, nearest(case.report(backend=backend)))
     print(f"nearest to a limit: {worst:.2f} of it")
     assert worst * ROOM < 1
-
-
-def moved_and_allowed(rows: int, intermediate: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relative L2 [rows] between random intermediates in NVFP4 and those of noisy sums, and the rows' own limits."""
-    sums = torch.randn((rows, 2 * intermediate), generator=rng, dtype=torch.float64) * 2
-    noise = torch.randn(sums.shape, generator=rng, dtype=torch.float64) * (2 * SUM_NOISE["w4a4"])
-    scale = nvfp4.global_scale_of(oracle.swiglu(sums, 10.0))
-    right, noisy = (oracle.quantize_activations(oracle.swiglu(x, 10.0), scale, "w4a4") for x in (sums, sums + noise))
-    limits = limits_for("w4a4", intermediate, 1)
-    return (right - noisy).norm(dim=1) / right.norm(dim=1), limits.rows(tipping(sums, right, 10.0, scale, "w4a4"))
 
 
 @pytest.mark.parametrize(("intermediate", "rows"), [(3072, 2000), (128, 20000)])

@@ -38,6 +38,12 @@ def norm_ratio(a: torch.Tensor, b: torch.Tensor) -> float:
     return _ratio(a.norm(), b.norm(), both_zero=1.0)
 
 
+def norms(x: torch.Tensor) -> torch.Tensor:
+    """Of each row of ``x``, floating point [n, N]: [n], on its device, 1 where it is zero: to divide rows by."""
+    sizes = x.norm(dim=1)
+    return torch.where(sizes == 0, 1.0, sizes)
+
+
 def worst_row(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
     """Row with the largest relative L2 error, which the error of the whole tensor hides.
 

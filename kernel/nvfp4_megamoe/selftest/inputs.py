@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4_megamoe.numerics.metrics import norms
 from nvfp4_megamoe.numerics.nvfp4 import BLOCK
 
 BLOCK_TOKENS = 8
@@ -87,10 +88,5 @@ def _row_tokens(gate: torch.Tensor, up: torch.Tensor, target: float, rng: torch.
     own = (torch.arange(rows) % ROW_TOKENS == torch.arange(ROW_TOKENS)[:, None]).float()
     signs = torch.randint(0, 2, (rows,), generator=rng).float() * 2 - 1
     own, signs = own.to(gate.device), signs.to(gate.device)
-    directions = [own / _norms(gate) @ gate, own * signs / _norms(up) @ up]
+    directions = [own / norms(gate) @ gate, own * signs / norms(up) @ up]
     return sum(directions) * (target / row_norm(gate, up))
-
-
-def _norms(weights: torch.Tensor) -> torch.Tensor:
-    norms = weights.norm(dim=1)
-    return torch.where(norms == 0, 1.0, norms)

@@ -33,8 +33,7 @@ def judge_rows(
         columns: judge output channels one by one, which takes at least 16 different tokens: under a few, some channel
             is near zero by chance.
     """
-    size = expected.rows.norm(dim=1, keepdim=True)
-    size = torch.where(size == 0, 1.0, size)
+    size = metrics.norms(expected.rows)[:, None]
     a, b = out.double() / size, expected.rows / size
     row, row_error, row_limit = _worst_row(a, b, limits, expected.moved)
     limits = limits.with_tipping(expected.moved)

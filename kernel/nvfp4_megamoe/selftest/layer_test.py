@@ -18,6 +18,7 @@ from nvfp4_megamoe.moe import oracle
 from nvfp4_megamoe.moe.geometry import MoEGeometry
 from nvfp4_megamoe.moe.weights import ExpertWeights
 from nvfp4_megamoe.numerics import nvfp4
+from nvfp4_megamoe.numerics.metrics import norms
 from nvfp4_megamoe.selftest import inputs
 from nvfp4_megamoe.selftest.batches import Batches, make_batches
 from nvfp4_megamoe.selftest.judge import judge_probes, judge_rows
@@ -126,11 +127,14 @@ class LayerTest:
                 slots = found.rows[len(own) :] * self._batches.mixed_weights[:, column, None].to(self._device)
                 routed += slots
                 moved += (slots.norm(dim=1) * found.moved[len(own) :]).square()
-            size = routed.norm(dim=1)
-            self._expected[precision].append(Reference(routed, moved.sqrt() / torch.where(size == 0, 1.0, size)))
+            self._expected[precision].append(Reference(routed, moved.sqrt() / norms(routed)))
 
     def _expert(
-        self, weights: ExpertWeights, expert: int, x: torch.Tensor, precision: oracle.Precision | tuple
+        self,
+        weights: ExpertWeights,
+        expert: int,
+        x: torch.Tensor,
+        precision: oracle.Precision | tuple[oracle.Precision, oracle.Precision],
     ) -> Reference:
         """The oracle's output of one expert for the tokens ``x``."""
         limit, scale = self.geometry.swiglu_limit, weights.w2_input_scale[expert]
