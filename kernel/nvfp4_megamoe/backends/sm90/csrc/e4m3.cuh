@@ -11,40 +11,12 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SM90_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SM90_HOST_DEVICE inline
-#endif
+#include "bits.cuh"
 
 namespace sm90 {
 
 constexpr int kScaleCodes = 256;
 constexpr float kE4m3AlphaFactor = 8.0f;
-
-// PTX prmt: nibble i of `selector` picks byte i; a nibble's bit 3 replicates the byte's sign instead.
-SM90_HOST_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
-#ifdef __CUDA_ARCH__
-    uint32_t d;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-    return d;
-#else
-    const uint64_t bytes = (uint64_t(b) << 32) | a;
-    uint32_t d = 0;
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t n = (selector >> (4 * i)) & 15, byte = uint32_t(bytes >> (8 * (n & 7))) & 255;
-        d |= (n & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
-    }
-    return d;
-#endif
-}
-SM90_HOST_DEVICE uint32_t rotate_right(uint32_t w, int n) {
-#ifdef __CUDA_ARCH__
-    return __funnelshift_r(w, w, n);
-#else
-    return (w >> n) | (w << (32 - n));
-#endif
-}
 
 // Magnitude m (0..7) times the scale of code `code` (layout.cuh: 5-bit exponent from 2^-10, 3-bit mantissa), times 2^-3, in float32:
 // exact. Code 164 is NaN. Code 0 is a scale of zero, whose values are packed as zeros.
@@ -64,7 +36,7 @@ SM90_HOST_DEVICE float scaled_magnitude(uint32_t code, int m) {
 SM90_HOST_DEVICE void decode_block_e4m3(uint32_t w0, uint32_t w1, uint32_t low, uint32_t high, uint32_t (&out)[4]) {
     const uint32_t first = (w0 & 0x70177017u) | (w1 & 0x07600760u);    // magnitudes of pairs 0..3
     const uint32_t second = (w0 & 0x0DC00DC0u) | (w1 & 0xD01DD01Du);   // of pairs 4..7, two bits higher
-    const uint32_t signs = (w0 & 0x82288228u) | (w1 & ~0x82288228u);   // every odd bit is a sign, the even ones are of no use
+    const uint32_t signs = select_bits(w0, w1, 0x82288228u);            // every odd bit is a sign, the even ones are of no use
     // Shifted so that each sign is the top bit of some byte: pairs 0..3 alternate between shifts of 6 and 2, the others of 4 and 0.
     const uint32_t s2 = signs * 4u, s4 = signs * 16u, s6 = signs * 64u;
     constexpr uint32_t kSign = 0x80808080u, kLowSigns = 0x2615u, kHighSigns = 0x0437u;

@@ -20,6 +20,8 @@
 #include <cstdint>
 #include <cuda_bf16.h>
 
+#include "bits.cuh"
+
 namespace sm90 {
 
 constexpr uint32_t kPairMask = 0x81C081C0u;
@@ -50,22 +52,21 @@ __device__ __forceinline__ uint32_t scaled_pair(uint32_t bits, __nv_bfloat162 sc
     const __nv_bfloat162 v = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&bits), scale);
     return *reinterpret_cast<const uint32_t*>(&v);
 }
-__device__ __forceinline__ uint32_t rotr(uint32_t w, int n) { return __funnelshift_r(w, w, n); }
 
 // Pairs 4 * HALF to 4 * HALF + 3 of one block.
 template <int HALF>
 __device__ __forceinline__ void decode_pairs(uint32_t w0, uint32_t w1, __nv_bfloat162 scale, uint32_t (&pair)[4]) {
-    const uint32_t z = (w0 & kSharedMask) | (w1 & ~kSharedMask);
+    const uint32_t z = select_bits(w0, w1, kSharedMask);
     if (HALF == 0) {
         pair[0] = scaled_pair(w0 << 6, scale);
         pair[1] = scaled_pair(z << 2, scale);
-        pair[2] = scaled_pair(rotr(w1, 2), scale);
-        pair[3] = scaled_pair(rotr(w0, 6), scale);
+        pair[2] = scaled_pair(rotate_right(w1, 2), scale);
+        pair[3] = scaled_pair(rotate_right(w0, 6), scale);
     } else {
         pair[0] = scaled_pair(w1 << 4, scale);
         pair[1] = scaled_pair(w0, scale);
-        pair[2] = scaled_pair(rotr(z, 4), scale);
-        pair[3] = scaled_pair(rotr(w1, 8), scale);
+        pair[2] = scaled_pair(rotate_right(z, 4), scale);
+        pair[3] = scaled_pair(rotate_right(w1, 8), scale);
     }
 }
 

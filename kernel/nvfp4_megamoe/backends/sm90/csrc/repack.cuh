@@ -54,9 +54,9 @@ __global__ void repack_values(const __grid_constant__ RepackParams p) {
         const bool zero = (p.scales[row * (p.k / 16) + k16] & 0x7F) == 0;
         uint32_t f[8];
         for (int i = 0; i < 8; ++i) f[i] = zero ? 0 : pair_bits(p.values[row * (p.k / 2) + k16 * 8 + i]);
-        const uint32_t z = rotr(f[1], 2) | rotr(f[6], 28);
-        words[2 * half] = rotr(f[0], 6) | f[5] | rotr(f[3], 26) | (z & kSharedMask);
-        words[2 * half + 1] = rotr(f[4], 4) | rotr(f[2], 30) | rotr(f[7], 24) | (z & ~kSharedMask);
+        const uint32_t z = rotate_right(f[1], 2) | rotate_right(f[6], 28);
+        words[2 * half] = rotate_right(f[0], 6) | f[5] | rotate_right(f[3], 26) | (z & kSharedMask);
+        words[2 * half + 1] = rotate_right(f[4], 4) | rotate_right(f[2], 30) | rotate_right(f[7], 24) | (z & ~kSharedMask);
     }
     const size_t at = block_index(p.rows / kUnitRows, p.k / kBlockK, unit, block >> 1) * 512 + (block & 1) * 256 + (item & 255);
     reinterpret_cast<uint4*>(p.out_values)[at] = make_uint4(words[0], words[1], words[2], words[3]);
