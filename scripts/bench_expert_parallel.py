@@ -91,6 +91,7 @@ class Bench:
 
     def few_layers(self, side: str, gpus: list[int]) -> dict:
         """Log-probabilities and greedy tokens of the checkpoint with few layers."""
+        self._answers_file(side, f"few-{len(gpus)}").unlink(missing_ok=True)
         with self.server(side, f"few-{len(gpus)}", self.a.few_model, gpus, precision="w4a16") as running:
             running.start(max(1.0, self.left()))
             return {
@@ -109,6 +110,7 @@ class Bench:
     def whole(self, side: str, gpus: list[int]) -> dict:
         """Times of the whole model."""
         a = self.a
+        self._answers_file(side, "whole").unlink(missing_ok=True)
         geometry = whole_model.pro(EXPERTS[len(gpus)], a.layers)
         model = whole_model.write(a.logs / f"whole-{len(gpus)}", geometry)
         found = self.report.partial(f"{side}, whole model")
@@ -146,26 +148,39 @@ class Bench:
         return compare.difference(compare.answers(running.base_url), found)
 
     def run(self, wanted: list[str], gpus: list[int], made: report.Report) -> None:
-        """Every wanted stage that there is time for."""
+        """Every wanted stage that there is time for; of comparisons those of which both sides have answered."""
         self.report = made
         all_few = f"few-{len(gpus)}"
+        compared = {
+            ONE: ("few-all", (OWN, all_few), (OWN, "few-1")),
+            FEW: ("few-stock", (OWN, all_few), (STOCK, all_few)),
+            WHOLE: ("whole-stock", (OWN, "whole"), (STOCK, "whole")),
+        }
         stages = {
             "one GPU, few layers": ("few-one", lambda: self.few_layers(OWN, gpus[:1])),
             "all GPUs, few layers": ("few-all", lambda: self.few_layers(OWN, gpus)),
-            ONE: ("few-all", lambda: self.compare((OWN, all_few), (OWN, "few-1"))),
             f"{STOCK}, all GPUs, few layers": ("few-stock", lambda: self.few_layers(STOCK, gpus)),
-            FEW: ("few-stock", lambda: self.compare((OWN, all_few), (STOCK, all_few))),
             f"{OWN}, whole model": ("whole-own", lambda: self.whole(OWN, gpus)),
             f"{STOCK}, whole model": ("whole-stock", lambda: self.whole(STOCK, gpus)),
-            WHOLE: ("whole-stock", lambda: self.compare((OWN, "whole"), (STOCK, "whole"))),
         }
+
+        def wants(name: str, group: str) -> bool:
+            return group in wanted and "result" not in made.data["stages"].get(name, {})
+
         for name, (group, stage) in stages.items():
-            if group not in wanted or "result" in made.data["stages"].get(name, {}):
+            if not wants(name, group):
                 continue
-            if self.left() < LEAST_SECONDS and "against" not in name:
+            if self.left() < LEAST_SECONDS:
                 made.skip(name, f"{self.left():.0f} s of the budget were left, {LEAST_SECONDS} are needed")
             else:
                 made.stage(name, stage)
+            for comparison, (after, *sides) in compared.items():
+                if after != group or not wants(comparison, after):
+                    continue
+                if missing := [f for f in (self._answers_file(*side) for side in sides) if not f.exists()]:
+                    made.skip(comparison, f"{missing[0]} does not exist: the stage that writes it has not run")
+                else:
+                    made.stage(comparison, lambda sides=sides: self.compare(*sides))
 
 
 def _answers(path: Path) -> dict[str, list]:

@@ -1,5 +1,6 @@
 """How servers under measurement are started, driven, compared and reported, with a stand-in for vLLM."""
 
+import argparse
 import json
 import os
 import signal
@@ -280,6 +281,28 @@ def expert_parallel_stages(**changes):
 
 def test_a_good_expert_parallel_report_has_no_fault():
     assert expert_parallel_report.judge(expert_parallel_stages()) == []
+
+
+def test_stages_are_compared_where_both_sides_have_answered(tmp_path, monkeypatch):
+    class Instant(bench_expert_parallel.Bench):
+        def few_layers(self, side, gpus):
+            said = {"logprobs": [[-1.0, -2.0 - 0.01 * len(gpus)]], "greedy": []}
+            self._answers_file(side, f"few-{len(gpus)}").write_text(json.dumps(said))
+            return {}
+
+    options = argparse.Namespace(minutes=5, logs=tmp_path)
+    made = report.Report(tmp_path / "report.json", lambda data: "")
+    Instant(options).run(["few-all"], [0, 1], made)
+    assert "own-few-1-answers.json does not exist" in made.data["stages"][expert_parallel_report.ONE]["skipped"]
+    Instant(options).run(["few-one", "few-all"], [0, 1], made)
+    assert not made.failed()
+    assert report.result(made.data, expert_parallel_report.ONE)["mean"] == pytest.approx(0.005)
+    assert expert_parallel_report.FEW not in made.data["stages"]
+
+    options.minutes = 0
+    Instant(options).run(["few-stock"], [0, 1], made)
+    assert "of the budget were left" in made.data["stages"]["stock, all GPUs, few layers"]["skipped"]
+    assert "does not exist" in made.data["stages"][expert_parallel_report.FEW]["skipped"]
 
 
 @pytest.mark.parametrize(
