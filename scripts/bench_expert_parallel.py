@@ -168,11 +168,9 @@ class Bench:
             return group in wanted and "result" not in made.data["stages"].get(name, {})
 
         for name, (group, stage) in stages.items():
-            if not wants(name, group):
-                continue
-            if self.left() < LEAST_SECONDS:
+            if wants(name, group) and self.left() < LEAST_SECONDS:
                 made.skip(name, f"{self.left():.0f} s of the budget were left, {LEAST_SECONDS} are needed")
-            else:
+            elif wants(name, group):
                 made.stage(name, stage)
             for comparison, (after, *sides) in compared.items():
                 if after != group or not wants(comparison, after):
