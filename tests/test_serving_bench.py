@@ -211,7 +211,7 @@ def test_a_failed_stage_is_recorded_and_the_report_is_whole_after_each(tmp_path)
 
 def start(backend, files=None, compiled=()):
     itself = {"mean": 0.0, "max": 0.0, "parting_gaps": [], "greedy_equal_tokens": [48]}
-    bench = {"decode-heavy": {"output_throughput": 100.0, "median_tpot_ms": 10.0}}
+    bench = {"decode-heavy": {"output_throughput": 100.0, "median_tpot_ms": 10.0, "run": 2, "compiled": {}}}
     return {"result": {"moe_backend": backend, "itself": itself, "files": files or {}, "phases": {"upload": 1.0},
                        "compiled_while_serving": list(compiled), "bench": bench}}  # fmt: skip
 
@@ -222,7 +222,7 @@ def serving_report(**changes):
         "stock, first start": start("HUMMING"),
         "own against stock": {"result": {"mean": 0.02, "max": 0.2, "parting_gaps": [0.1], "greedy_equal_tokens": [9]}},
     }  # fmt: skip
-    return {"about": report.about(), "settings": ["decode-heavy"], "stages": stages | changes}
+    return {"about": report.about(), "settings": ["decode-heavy"], "starts": 2, "stages": stages | changes}
 
 
 def test_a_good_serving_report_has_no_fault():
@@ -247,6 +247,43 @@ def test_faults_of_a_serving_report_are_named(changes, fault):
     data = serving_report(**changes)
     assert any(fault in wrong for wrong in bench_gpu_serving.judge(data, ["own", "stock"]))
     bench_gpu_serving.render(data)
+
+
+def test_a_measurement_that_compiled_and_a_start_that_was_not_asked_for():
+    compiling = start("HUMMING")
+    compiling["result"]["bench"]["decode-heavy"] |= {"run": 6, "compiled": {"DeepGEMM": {"files": 2}}}
+    data = serving_report(**{"stock, first start": compiling, "own, second start": {}}) | {"starts": 1}
+    assert bench_gpu_serving.judge(data, ["own", "stock"]) == [
+        "stock, decode-heavy: also run 6 compiled, see its files"
+    ]
+
+
+def test_vllm_bench_runs_until_nothing_is_compiled(tmp_path, monkeypatch):
+    a = argparse.Namespace(
+        settings={"decode-heavy": (8, 8, 8, 8), "prefill-heavy": (64, 1, 8, 8)}, logs=tmp_path, model=tmp_path,
+        bench_flags="", caches=tmp_path / "caches",
+    )  # fmt: skip
+    side = bench_gpu_serving.Side("own", None, None, a, report.Report(tmp_path / "r.json", lambda data: ""))
+    compiling = {"decode-heavy": [True, True, False], "prefill-heavy": [True] * 9}
+    runs = []
+
+    def vllm_bench(running, model, setting, out, flags):
+        name = out.name.removeprefix("own-first-").rpartition("-")[0]
+        runs.append(name)
+        if compiling[name].pop(0):
+            kernel = side.root / "deep_gemm" / f"{len(runs)}.cubin"
+            kernel.parent.mkdir(parents=True, exist_ok=True)
+            kernel.write_bytes(b"kernel")
+        return {"output_throughput": float(len(runs))}
+
+    monkeypatch.setattr(bench_gpu_serving, "vllm_bench", vllm_bench)
+    found = {}
+    side.bench(argparse.Namespace(label="own-first"), found)
+    most = bench_gpu_serving.MOST_RUNS
+    assert runs == ["decode-heavy"] * 3 + ["prefill-heavy"] * most
+    assert found["bench"]["decode-heavy"] == {"output_throughput": 3.0, "run": 3, "compiled": {}}
+    assert found["bench"]["prefill-heavy"]["run"] == most
+    assert found["bench"]["prefill-heavy"]["compiled"]["DeepGEMM"]["files"] == 1
 
 
 def test_the_expert_parallel_report_shows_what_a_cut_off_stage_had():
@@ -417,7 +454,7 @@ def side_of(tmp_path, monkeypatch, server):
     arguments.batched_tokens, arguments.sequences, arguments.length = 64, 2, 2048
     arguments.settings = {"decode-heavy": (16, 4, 4, 2)}
     made = report.Report(tmp_path / "r.json", bench_gpu_serving.render)
-    made.data["settings"] = ["decode-heavy"]
+    made.data |= {"settings": ["decode-heavy"], "starts": 2}
     side = bench_gpu_serving.Side("own", None, None, arguments, made)
     monkeypatch.setattr(bench_gpu_serving.Side, "server", lambda *_: server)
     server.environment["MEGA_MOE_STATUS_DIR"] = str(tmp_path)
@@ -431,7 +468,8 @@ def test_both_starts_of_a_side_and_a_benchmark_that_fails(tmp_path, monkeypatch)
     made.stage("own, first start", side.first_start)
     made.stage("own, second start", side.second_start)
     assert not made.failed(), made.data
-    assert report.result(made.data, "own, second start", "bench", "decode-heavy") == bench
+    measured = report.result(made.data, "own, second start", "bench", "decode-heavy")
+    assert measured == bench | {"run": 2, "compiled": {}}
     assert report.result(made.data, "own, second start", "files") == {}
     # The stand-in logs a kernel's first use in every start.
     assert report.result(made.data, "own, second start", "compiled_while_serving")
