@@ -77,8 +77,11 @@ def test_a_stage_that_was_read_too_early_must_be_read_again(rng: torch.Generator
         assert count
         return changed
 
-    try:
-        error = error_of(WIDE, rng, believe)
-    except ModelError:
-        return
-    assert not error <= LIMIT
+    for _ in range(5):  # a schedule may happen to hide it
+        try:
+            error = error_of(WIDE, torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=rng))), believe)
+        except ModelError:
+            return
+        if not error <= LIMIT:
+            return
+    pytest.fail("five schedules hid it")
