@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     import torch
 
     from nvfp4_megamoe.moe.geometry import MoEGeometry
-    from nvfp4_megamoe.moe.oracle import Precision
+    from nvfp4_megamoe.moe.oracle import LayerPrecision
     from nvfp4_megamoe.moe.weights import ExpertWeights
 
 
-def precision_at(backend: Backend, tokens: int, num_experts: int) -> Precision | tuple[Precision, Precision]:
+def precision_at(backend: Backend, tokens: int, num_experts: int) -> LayerPrecision:
     """What a call of ``tokens`` tokens over ``num_experts`` global experts is computed in, as the oracle names it.
 
     ``backend.precision``, unless the backend decides by size and has a method of this name.

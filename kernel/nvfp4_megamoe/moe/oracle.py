@@ -18,6 +18,7 @@ from nvfp4_megamoe.numerics import nvfp4, ue4m3
 _BYTES_AT_ONCE = {"cpu": 4 << 20}
 
 Precision = Literal["w4a16", "w4a8", "w8a8", "w4a4"]
+LayerPrecision = Precision | tuple[Precision, Precision]  # of both projections, or of each
 
 
 class Stages(NamedTuple):
@@ -41,7 +42,7 @@ def moe_oracle(
     topk_weights: torch.Tensor,
     expert_map: torch.Tensor | None,
     swiglu_limit: float | None,
-    precision: Precision | tuple[Precision, Precision],
+    precision: LayerPrecision,
 ) -> torch.Tensor:
     """This rank's part of the layer's output.
 
@@ -75,7 +76,7 @@ def expert_stages(
     expert: int,
     x: torch.Tensor,
     swiglu_limit: float | None,
-    precision: Precision | tuple[Precision, Precision],
+    precision: LayerPrecision,
 ) -> Stages:
     """Every stage of one local expert for the tokens ``x``, bfloat16 [n, H]."""
     w13_input_scale, w2_input_scale = weights.w13_input_scale[expert].amax(), weights.w2_input_scale[expert]
@@ -109,7 +110,7 @@ def rows_at_once(packed: torch.Tensor) -> int:
     return max(1, _BYTES_AT_ONCE.get(packed.device.type, 256 << 20) // (packed.shape[-1] * 2 * torch.float64.itemsize))
 
 
-def of_projections(precision: Precision | tuple[Precision, Precision]) -> tuple[Precision, Precision]:
+def of_projections(precision: LayerPrecision) -> tuple[Precision, Precision]:
     """The precision of the first projection and of the second."""
     return (precision, precision) if isinstance(precision, str) else precision
 

@@ -134,7 +134,7 @@ class LayerTest:
         weights: ExpertWeights,
         expert: int,
         x: torch.Tensor,
-        precision: oracle.Precision | tuple[oracle.Precision, oracle.Precision],
+        precision: oracle.LayerPrecision,
     ) -> Reference:
         """The oracle's output of one expert for the tokens ``x``."""
         limit, scale = self.geometry.swiglu_limit, weights.w2_input_scale[expert]
@@ -144,7 +144,7 @@ class LayerTest:
     def _sizes(self) -> tuple[int, ...]:
         return (1, 8, 2048) if self.options.all_sizes else ()
 
-    def _cover_precisions(self) -> tuple[oracle.Precision | tuple[oracle.Precision, oracle.Precision], ...]:
+    def _cover_precisions(self) -> tuple[oracle.LayerPrecision, ...]:
         """Add a batch for each precision that the backend has at other sizes alone; return all precisions."""
         covered = dict.fromkeys(self._precision(len(index)) for index in self._batches.indices)
         for size in _SIZES_OF_PRECISIONS:
@@ -153,7 +153,7 @@ class LayerTest:
                 self._batches.indices.append(torch.arange(size) % len(self._batches.ids))
         return tuple(covered)
 
-    def _precision(self, tokens: int) -> oracle.Precision | tuple[oracle.Precision, oracle.Precision]:
+    def _precision(self, tokens: int) -> oracle.LayerPrecision:
         experts = self.geometry.num_local_experts if self.expert_map is None else self.expert_map.numel()
         return precision_at(self.backend, tokens, experts)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from nvfp4_megamoe.moe.oracle import Precision, of_projections
+from nvfp4_megamoe.moe.oracle import LayerPrecision, of_projections
 
 
 class Limits(NamedTuple):
@@ -64,7 +64,7 @@ _TIPPED = 1.5  # of what may tip over in the intermediate, in the output
 COLUMN = 0.2  # a lost output channel has 1; a changed code moves each channel by its weight
 
 
-def limits_for(precision: Precision | tuple[Precision, Precision], intermediate: int, rows: int) -> Limits:
+def limits_for(precision: LayerPrecision, intermediate: int, rows: int) -> Limits:
     """Limits for some tokens of one layer, in which no block scale may tip over.
 
     Args:

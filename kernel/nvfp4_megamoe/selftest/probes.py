@@ -28,13 +28,13 @@ class Probes(NamedTuple):
 
     tokens: torch.Tensor
     channels: torch.Tensor
-    expected: dict[oracle.Precision | tuple[oracle.Precision, oracle.Precision], Reference]
+    expected: dict[oracle.LayerPrecision, Reference]
 
 
 def make_probes(
     weights: ExpertWeights,
     limit: float | None,
-    precisions: tuple[oracle.Precision | tuple[oracle.Precision, oracle.Precision], ...],
+    precisions: tuple[oracle.LayerPrecision, ...],
     rng: torch.Generator,
 ) -> Probes:
     """Probe every local expert; ``expected`` has a tensor for each precision.

@@ -13,7 +13,7 @@ from nvfp4_megamoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from nvfp4_megamoe.moe.geometry import MoEGeometry
-    from nvfp4_megamoe.moe.oracle import Precision
+    from nvfp4_megamoe.moe.oracle import LayerPrecision
     from nvfp4_megamoe.moe.weights import ExpertWeights
 
 ALIGN = 256
@@ -128,7 +128,7 @@ class Sm90Backend:
         first, second = self.thresholds
         return mean >= first, mean >= second
 
-    def precision_at(self, tokens: int, num_experts: int) -> Precision | tuple[Precision, Precision]:
+    def precision_at(self, tokens: int, num_experts: int) -> LayerPrecision:
         """See ``protocol.precision_at``."""
         first, second = ("w8a8" if e4m3 else "w4a16" for e4m3 in self.in_e4m3(tokens, num_experts))
         return first if first == second else (first, second)
