@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import cache_environment as caches
@@ -137,7 +138,7 @@ class Bench:
             found["prefill"] = client.prefill(running.base_url, PREFILL_TOKENS, repeats=3, seed=2)
             self.report.write()
             found["answers_differ_from_themselves"] = self._answer_twice(running, side, "whole")
-            found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(a.caches / side)))
+            found["files"] = caches.compiled_between(before, caches.snapshot(a.caches / side))
             found |= running.facts()
         return found
 
@@ -151,34 +152,27 @@ class Bench:
         """Every wanted stage that there is time for; of comparisons those of which both sides have answered."""
         self.report = made
         all_few = f"few-{len(gpus)}"
-        compared = {
-            ONE: ("few-all", (OWN, all_few), (OWN, "few-1")),
-            FEW: ("few-stock", (OWN, all_few), (STOCK, all_few)),
-            WHOLE: ("whole-stock", (OWN, "whole"), (STOCK, "whole")),
-        }
+        # Its group, whose answers it compares if it is a comparison, and what it runs.
         stages = {
-            "one GPU, few layers": ("few-one", lambda: self.few_layers(OWN, gpus[:1])),
-            "all GPUs, few layers": ("few-all", lambda: self.few_layers(OWN, gpus)),
-            f"{STOCK}, all GPUs, few layers": ("few-stock", lambda: self.few_layers(STOCK, gpus)),
-            f"{OWN}, whole model": ("whole-own", lambda: self.whole(OWN, gpus)),
-            f"{STOCK}, whole model": ("whole-stock", lambda: self.whole(STOCK, gpus)),
+            "one GPU, few layers": ("few-one", (), partial(self.few_layers, OWN, gpus[:1])),
+            "all GPUs, few layers": ("few-all", (), partial(self.few_layers, OWN, gpus)),
+            ONE: ("few-all", ((OWN, all_few), (OWN, "few-1")), self.compare),
+            f"{STOCK}, all GPUs, few layers": ("few-stock", (), partial(self.few_layers, STOCK, gpus)),
+            FEW: ("few-stock", ((OWN, all_few), (STOCK, all_few)), self.compare),
+            f"{OWN}, whole model": ("whole-own", (), partial(self.whole, OWN, gpus)),
+            f"{STOCK}, whole model": ("whole-stock", (), partial(self.whole, STOCK, gpus)),
+            WHOLE: ("whole-stock", ((OWN, "whole"), (STOCK, "whole")), self.compare),
         }
-
-        def wants(name: str, group: str) -> bool:
-            return group in wanted and "result" not in made.data["stages"].get(name, {})
-
-        for name, (group, stage) in stages.items():
-            if wants(name, group) and self.left() < LEAST_SECONDS:
+        for name, (group, sides, stage) in stages.items():
+            if group not in wanted or "result" in made.data["stages"].get(name, {}):
+                continue
+            missing = [file for file in (self._answers_file(*side) for side in sides) if not file.exists()]
+            if missing:
+                made.skip(name, f"{missing[0]} does not exist: the stage that writes it has not run")
+            elif not sides and self.left() < LEAST_SECONDS:
                 made.skip(name, f"{self.left():.0f} s of the budget were left, {LEAST_SECONDS} are needed")
-            elif wants(name, group):
-                made.stage(name, stage)
-            for comparison, (after, *sides) in compared.items():
-                if after != group or not wants(comparison, after):
-                    continue
-                if missing := [f for f in (self._answers_file(*side) for side in sides) if not f.exists()]:
-                    made.skip(comparison, f"{missing[0]} does not exist: the stage that writes it has not run")
-                else:
-                    made.stage(comparison, lambda sides=sides: self.compare(*sides))
+            else:
+                made.stage(name, partial(stage, *sides))
 
 
 def _answers(path: Path) -> dict[str, list]:

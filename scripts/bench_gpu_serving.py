@@ -107,12 +107,12 @@ class Side:
             running.start(a.timeout)
             ready = caches.snapshot(self.root)
             found["phases"] = start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))
-            found["files_until_ready"] = caches.by_compiler(caches.changed(before, ready))
+            found["files_until_ready"] = caches.compiled_between(before, ready)
             found.update(running.facts())
             groups = plan(a.batched_tokens, a.sequences, a.length)
             found["warm"] = drive(running.base_url, groups, 0, a.warm_seconds)
             self.driven = groups[: found["warm"]["groups"]]
-            found["files_after_ready"] = caches.by_compiler(caches.changed(ready, caches.snapshot(self.root)))
+            found["files_after_ready"] = caches.compiled_between(ready, caches.snapshot(self.root))
             self.answers = compare.answers(running.base_url)
             found["itself"] = compare.difference(compare.answers(running.base_url), self.answers)
             self.bench(running, found)
@@ -123,11 +123,13 @@ class Side:
         a = self.arguments
         measured = found["bench"] = {}
         for name, setting in a.settings.items():
+            before = caches.snapshot(self.root)
             for run in range(1, MOST_RUNS + 1):
-                before = caches.snapshot(self.root)
                 out = a.logs / f"{running.label}-{name}-{run}.json"
                 result = vllm_bench(running, a.model, setting, out, a.bench_flags)
-                compiled = caches.by_compiler(caches.changed(before, caches.snapshot(self.root)))
+                after = caches.snapshot(self.root)
+                compiled = caches.compiled_between(before, after)
+                before = after
                 measured[name] = {**result, "run": run, "compiled": compiled}
                 self.report.write()
                 if run > 1 and not compiled:
@@ -146,7 +148,7 @@ class Side:
             found["phases"] = start_phases(Path(running.environment["MEGA_MOE_STATUS_DIR"]))
             found.update(running.facts())
             found["warm"] = drive(running.base_url, self.driven, 1)
-            found["files"] = caches.by_compiler(caches.changed(before, caches.snapshot(self.root)))
+            found["files"] = caches.compiled_between(before, caches.snapshot(self.root))
             found.update(running.facts())
             if self.name == OWN:
                 self.bench(running, found)

@@ -110,6 +110,11 @@ def by_compiler(files: Snapshot) -> dict[str, dict[str, float]]:
     return dict(sorted(totals.items(), key=lambda item: order.index(item[0])))
 
 
+def compiled_between(before: Snapshot, after: Snapshot) -> dict[str, dict[str, float]]:
+    """``by_compiler`` of what is new or was rewritten in ``after``."""
+    return by_compiler(changed(before, after))
+
+
 def table(totals: dict[str, dict[str, float]]) -> str:
     """``by_compiler``'s result for people."""
     rows = [f"{'compiler':<18} {'files':>8} {'MB':>10}  newest"]

@@ -43,12 +43,11 @@ def warm(
     between, compiled = caches.snapshot(root), set(compilations(log_text()))
     second = drive(base_url, groups[: int(first["groups"])], 1, limit_s, engines=engines)
     return {
-        "first_pass": first
-        | {"compiled": sorted(compiled), "files": caches.by_compiler(caches.changed(before, between))},
+        "first_pass": first | {"compiled": sorted(compiled), "files": caches.compiled_between(before, between)},
         "second_pass": second
         | {
             "compiled": sorted(set(compilations(log_text())) - compiled),
-            "files": caches.by_compiler(caches.changed(between, caches.snapshot(root))),
+            "files": caches.compiled_between(between, caches.snapshot(root)),
         },
     }
 
@@ -68,7 +67,7 @@ def serve_and_warm(arguments: argparse.Namespace, root: Path) -> dict:
             return {
                 "ready_s": round(running.ready_seconds, 1),
                 "phases": start_phases(directory / "warm-up-status"),
-                "start_files": caches.by_compiler(caches.changed(started, ready)),
+                "start_files": caches.compiled_between(started, ready),
                 **warm(running.base_url, groups, running.text, root, api.engines, arguments.pass_seconds),
                 "facts": running.facts(),
             }

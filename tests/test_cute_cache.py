@@ -76,7 +76,7 @@ class Starts:
 
     def counted(self, before: caches.Snapshot) -> dict[str, int]:
         """Files that compilers have added or rewritten since."""
-        found = caches.by_compiler(caches.changed(before, caches.snapshot(self.root)))
+        found = caches.compiled_between(before, caches.snapshot(self.root))
         return {name: total["files"] for name, total in found.items()}
 
 

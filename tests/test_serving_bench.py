@@ -320,7 +320,7 @@ def test_a_good_expert_parallel_report_has_no_fault():
     assert expert_parallel_report.judge(expert_parallel_stages()) == []
 
 
-def test_stages_are_compared_where_both_sides_have_answered(tmp_path, monkeypatch):
+def test_stages_are_compared_where_both_sides_have_answered(tmp_path):
     class Instant(bench_expert_parallel.Bench):
         def few_layers(self, side, gpus):
             said = {"logprobs": [[-1.0, -2.0 - 0.01 * len(gpus)]], "greedy": []}

@@ -25,7 +25,7 @@ class Compiled:
         now = caches.snapshot(self.root)
         new = {
             name: {"files": int(total["files"]), "bytes": int(total["bytes"])}
-            for name, total in caches.by_compiler(caches.changed(self._seen, now)).items()
+            for name, total in caches.compiled_between(self._seen, now).items()
         }
         self._seen = now
         # A new dictionary: the report may be written from another thread meanwhile.

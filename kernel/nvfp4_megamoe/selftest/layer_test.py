@@ -130,11 +130,7 @@ class LayerTest:
             self._expected[precision].append(Reference(routed, moved.sqrt() / norms(routed)))
 
     def _expert(
-        self,
-        weights: ExpertWeights,
-        expert: int,
-        x: torch.Tensor,
-        precision: oracle.LayerPrecision,
+        self, weights: ExpertWeights, expert: int, x: torch.Tensor, precision: oracle.LayerPrecision
     ) -> Reference:
         """The oracle's output of one expert for the tokens ``x``."""
         limit, scale = self.geometry.swiglu_limit, weights.w2_input_scale[expert]
