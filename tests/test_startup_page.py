@@ -111,8 +111,9 @@ def test_the_page_follows_a_start_up_from_load_to_ready_to_death(browser: Browse
         ranks.start(1, 2, "load:60:0.2", "spin:5", "ready")
         started = browser.until("document.getElementById('ranks').children.length", lambda count: count == 2)
         assert started == 2
-        browser.until(BAR.format(0, "aria-valuenow"), lambda value: value is not None and 0 < int(value) < 60)
+        moving = browser.until(BAR.format(0, "aria-valuenow"), lambda value: value is not None and 0 < int(value) < 60)
         width = browser.run(WIDTH)
+        browser.until(BAR.format(0, "aria-valuenow"), lambda value: value is not None and int(value) > int(moving) + 10)
         browser.until(WIDTH, lambda now: now > width)
         assert "of 60 tensors" in browser.run("document.querySelector('#rank-1 .detail').textContent")
         if shots := os.environ.get("SCREENSHOT_DIR"):

@@ -74,9 +74,10 @@ def test_a_backend_is_judged_by_the_precision_it_chose_for_a_batch(rng):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("fault", cases.WEIGHT_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_in_the_weights_fails(rng, fault, precision):
-    # A row whose scales may tip over has a wider limit: of 8000 layers with one expert's scale wrong, one was nearer.
-    nearer, *others = sorted(nearest(Case(rng).report(precision, fault)) for _ in range(4))
-    assert nearer > 1 and others[0] > EXCESS
+    first, second, *_ = sorted(nearest(Case(rng).report(precision, fault)) for _ in range(4))
+    # Found by one probe, whose limit is wider where a block's scale may tip over: 1.1 in one of 8000 layers.
+    by_one_probe = precision == "w4a4" and fault is cases.one_experts_scale_wrong
+    assert first > (1 if by_one_probe else EXCESS) and second > EXCESS
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
